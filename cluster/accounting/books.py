@@ -1,0 +1,255 @@
+"""Datasets and accounts: who granted which (ε, δ) over which data, and what has become of it.
+
+An account is bound to one dataset and one partition for ever: its order, budget and declared facts stand in its first
+entry. A job that says otherwise is refused (P4). No data passes through here, only HMACs and declared numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from cluster.accounting import orders
+from cluster.accounting.costs import budget_cost, epsilon_of, price
+from cluster.accounting.ledger import Ledger
+from cluster.accounting.mechanisms import Charge, from_json, number, to_json, whole
+from cluster.errors import UsageError
+
+PARTITIONS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What the owner declared when the dataset was made. Public, but for nothing: `sources` are HMACs under the
+    ledger's own key."""
+
+    name: str
+    unit: str
+    units: int
+    max_records_per_unit: int
+    validation_fraction: float
+    sources: tuple[str, ...]
+
+    def accounts(self) -> tuple[str, ...]:
+        """The names of its accounts: one per partition, each with the whole (ε, δ)."""
+        return tuple(f"{self.name}/{partition}" for partition in PARTITIONS)
+
+
+@dataclass(frozen=True)
+class Account:
+    """One account as its last entry leaves it. Costs are RDP at `order` in units of 1e-12."""
+
+    account: str
+    epsilon: float
+    delta: float
+    order: int
+    budget_cost: int
+    spent_cost: int
+    reserved_cost: int
+    dataset: Dataset
+    head: dict[str, Any]
+
+    @property
+    def remaining_cost(self) -> int:
+        """What may still be reserved."""
+        return self.budget_cost - self.spent_cost - self.reserved_cost
+
+    def as_json(self) -> dict[str, Any]:
+        """The contract's keys."""
+        names = (
+            "account",
+            "epsilon",
+            "delta",
+            "order",
+            "budget_cost",
+            "spent_cost",
+            "reserved_cost",
+            "remaining_cost",
+            "head",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def epsilon_of(self, cost: int) -> float:
+        """The ε that the books charge for `cost` on this account."""
+        return epsilon_of(cost, self.delta, self.order)
+
+    def price(self, charge: Charge) -> int:
+        """What the whole of `charge` costs on this account."""
+        return price(charge, self.order)
+
+
+class Books:
+    """Datasets and accounts of one ledger."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def create(
+        self, dataset: Dataset, epsilon: float, delta: float, plans: Mapping[str, Sequence[Charge]], trials: int
+    ) -> list[Account]:
+        """Make `dataset` and its accounts, all or none; the order of each is chosen from `plans` (account → the
+        charge of each candidate run).
+
+        Raises:
+            UsageError: bad numbers, an account that exists already, or a source that belongs to another dataset.
+        """
+        number("privacy.epsilon", epsilon, 1e-3, 100.0)
+        number("privacy.delta", delta, 1e-30, 1.0)
+        whole("privacy.units", dataset.units, 2, 10**12)
+        if delta * dataset.units >= 1:
+            raise UsageError(
+                f"privacy.delta: {delta:g} was given; it must be below 1/units = {1 / dataset.units:.3g}, "
+                "or one unit could be published whole."
+            )
+        chosen = {a: orders.choose(orders.order_table(epsilon, delta, plans[a], trials)) for a in dataset.accounts()}
+        with self.ledger.writing() as connection:
+            for source in dataset.sources:
+                owner = self.ledger.by_key(connection, f"source:{source}")
+                if owner and owner["account"] != dataset.accounts()[0]:
+                    other = owner["account"].rpartition("/")[0]
+                    raise UsageError(
+                        f"data.source: it already belongs to the dataset {other}; a second budget for the same data "
+                        f"would double its epsilon. Use account: {other}."
+                    )
+            for account in dataset.accounts():
+                if self.ledger.last(connection, account):
+                    raise UsageError(f"account: {account} exists already; `purser budget show {account}` shows it.")
+                body = {
+                    "epsilon": epsilon,
+                    "delta": delta,
+                    "order": chosen[account],
+                    "budget_cost": budget_cost(epsilon, delta, chosen[account]),
+                    "dataset": asdict(dataset),
+                    "by": "owner",
+                }
+                self.ledger.append(connection, account=account, kind="account", key=f"account:{account}", body=body)
+            for source in dataset.sources:
+                self.ledger.append(
+                    connection,
+                    account=dataset.accounts()[0],
+                    kind="source",
+                    key=f"source:{source}",
+                    body={"by": "owner"},
+                )
+            self.ledger.secret(f"partition:{dataset.name}", connection=connection)
+            return [self._read(connection, account) for account in dataset.accounts()]
+
+    def check(self, dataset: Dataset, epsilon: float, delta: float) -> list[Account]:
+        """The accounts of `dataset`, after checking that the job says what the owner said.
+
+        Raises:
+            UsageError: the first field that differs, with both values; nothing is charged.
+        """
+        accounts = [self.show(account) for account in dataset.accounts()]
+        first = accounts[0]
+        said = {"privacy.epsilon": (epsilon, first.epsilon), "privacy.delta": (delta, first.delta)}
+        for field in ("unit", "units", "max_records_per_unit"):
+            said[f"privacy.{field}"] = (getattr(dataset, field), getattr(first.dataset, field))
+        said["data.validation_fraction"] = (dataset.validation_fraction, first.dataset.validation_fraction)
+        for field, (job, account) in said.items():
+            if job != account:
+                raise UsageError(
+                    f"{field}: the job says {job}, but account {dataset.name} was made with {account}, which is fixed; "
+                    f"write {account} in the job."
+                )
+        if dataset.sources != first.dataset.sources:
+            raise UsageError(
+                f"data.source: its content is not what account {dataset.name} was made for; bring the original back, "
+                "or make a new account for new people only."
+            )
+        return accounts
+
+    def partition_key(self, dataset: str) -> str:
+        """The hidden key by which units of `dataset` fall into partitions; stays inside the boundary."""
+        return self.ledger.secret(f"partition:{dataset}")
+
+    def source_key(self) -> str:
+        """The hidden key of source HMACs, one for the ledger, so that one source is one key in every dataset."""
+        return self.ledger.secret("ledger:hmac")
+
+    def exists(self, dataset: str) -> bool:
+        """Whether a dataset of this name has accounts."""
+        with self.ledger.reading() as connection:
+            return self.ledger.last(connection, f"{dataset}/{PARTITIONS[0]}") is not None
+
+    def names(self) -> list[str]:
+        """Every account."""
+        with self.ledger.reading() as connection:
+            return self.ledger.accounts(connection)
+
+    def resolve(self, name: str) -> str:
+        """An account's full name; a dataset's name alone means its train account.
+
+        Raises:
+            UsageError: no such account, with those that are there.
+        """
+        known = self.names()
+        for candidate in (name, f"{name}/{PARTITIONS[0]}"):
+            if candidate in known:
+                return candidate
+        there = ", ".join(known) if known else "none yet; `purser budget create JOB` makes one"
+        raise UsageError(f"ACCOUNT: {name!r} is not in this ledger; there are: {there}.")
+
+    def show(self, account: str) -> Account:
+        """One account as it stands."""
+        with self.ledger.reading() as connection:
+            return self._read(connection, account)
+
+    def read(self, connection: sa.Connection, account: str) -> Account:
+        """One account as it stands inside a transaction of the caller's."""
+        return self._read(connection, account)
+
+    def _read(self, connection: sa.Connection, account: str) -> Account:
+        first = self.ledger.by_key(connection, f"account:{account}")
+        last = self.ledger.last(connection, account)
+        if first is None or last is None:
+            raise UsageError(f"account: {account} is not in this ledger; `purser budget create JOB` makes it.")
+        made = json.loads(first["body"])
+        facts = {**made["dataset"], "sources": tuple(made["dataset"]["sources"])}
+        return Account(
+            account=account,
+            epsilon=made["epsilon"],
+            delta=made["delta"],
+            order=made["order"],
+            budget_cost=made["budget_cost"],
+            spent_cost=last["spent_after"],
+            reserved_cost=last["reserved_after"],
+            dataset=Dataset(**facts),
+            head={"seq": last["seq"], "hash": last["hash"]},
+        )
+
+    def authorised_steps(self, account: str, lease: str) -> int:
+        """How many steps `lease` has been authorised on `account`, re-executed ones included."""
+        with self.ledger.reading() as connection:
+            rows = self.ledger.of_lease(connection, lease, account)
+        return sum(json.loads(row["body"])["steps"] for row in rows if row["kind"] == "authorise")
+
+    def last_run_cost(self, account: str) -> int | None:
+        """What the newest run with a charge on `account` has cost so far."""
+        costs: dict[str, int] = {}
+        with self.ledger.reading() as connection:
+            for row in self.ledger.of_account(connection, account):
+                if row["kind"] == "authorise":
+                    costs[row["lease"]] = costs.pop(row["lease"], 0) + row["cost"]
+        return list(costs.values())[-1] if costs else None
+
+    def history(self, account: str) -> Iterator[dict[str, Any]]:
+        """Every entry of `account`, oldest first, with its mechanism, steps and author drawn out of the body.
+
+        All hashed columns are kept, so that a reader can recompute the chain from what is printed.
+        """
+        with self.ledger.reading() as connection:
+            for row in self.ledger.of_account(connection, account):
+                body = json.loads(row["body"])
+                mechanism = body.get("mechanism")
+                yield {
+                    **row,
+                    "body": body,
+                    "mechanism": to_json(from_json(mechanism)) if mechanism else None,
+                    "steps": body.get("steps"),
+                    "by": body.get("by"),
+                }

@@ -1,0 +1,125 @@
+"""Names and places: every `PURSER_*` variable, the home folder, run folders, and the hash of our own code.
+
+No Ray, no torch: this is read by commands that must answer in half a second.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import secrets
+import time
+from pathlib import Path
+
+from cluster.errors import UsageError
+
+HOME = "PURSER_HOME"
+LEDGER = "PURSER_LEDGER"
+NAMESPACE = "purser"
+ACCOUNTANT = "accountant"
+
+ROOTS = ("purser", "tuning", "training", "cluster")
+
+
+def home() -> Path:
+    """The folder that holds the embedded ledger and the runs: `$PURSER_HOME`, by default `~/.purser`."""
+    folder = Path(os.environ.get(HOME) or "~/.purser").expanduser().absolute()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{HOME}: {folder} cannot be made ({error.strerror}); set {HOME} to a folder you can write to."
+        ) from None
+    return folder
+
+
+def secure_ray() -> None:
+    """Turn token authentication on for whatever Ray this process starts, unless its owner said otherwise.
+
+    Must run before Ray is imported: Ray reads the mode then, and on a machine without a token yet a later setting
+    reaches its servers but not the code that makes the token.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def ledger_url() -> str:
+    """The ledger every command works on: `$PURSER_LEDGER`, by default SQLite in the home folder."""
+    return os.environ.get(LEDGER) or f"sqlite:///{home() / 'ledger.db'}"
+
+
+def new_name(account: str) -> str:
+    """A name for a run or sweep: readable, sortable, never used twice (a Ray Train run name is its identity)."""
+    return f"{account}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def run_folder(name: str, *, new: bool = False) -> Path:
+    """The folder of the run or sweep called `name`, owner-only.
+
+    Raises:
+        UsageError: `name` is no plain name, or (unless `new`) no such run is there.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UsageError(f"RUN: {name!r} is no run name; use the name that `purser train` or `purser tune` printed.")
+    folder = home() / "runs" / name
+    if new:
+        folder.mkdir(mode=0o700, parents=True)
+    elif not folder.is_dir():
+        raise UsageError(f"RUN: {name} is not in {folder.parent}; use the name that `purser train` or `tune` printed.")
+    return folder
+
+
+class Alive:
+    """A lock held on a run's folder for as long as its command lives; the kernel lets go when the process dies.
+
+    An embedded ledger knows by it that the holder of a lease is dead, and may release what was reserved at once.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = open(folder / "alive", "w")  # noqa: SIM115 (held open on purpose)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UsageError(
+                f"RUN: {folder.name} is still running in another process; wait for it to end, then try again."
+            ) from None
+
+    def release(self) -> None:
+        """Let go before the process ends."""
+        self._file.close()
+
+
+def is_alive(name: str) -> bool:
+    """Whether the command that made the run `name` still lives on this machine."""
+    try:
+        with open(home() / "runs" / name / "alive") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
+@functools.cache
+def code_hash() -> str:
+    """SHA-256 over our own Python files, as this process would import them.
+
+    Driver and workers compare it before any charge: a `training.py` in the user's folder, or another version on
+    another node, must never be imported in place of ours.
+    """
+    digest = hashlib.sha256()
+    for root in ROOTS:
+        spec = importlib.util.find_spec(root)
+        if spec is None or spec.origin is None:
+            raise UsageError(f"import: {root} is not installed here; install purser on every node.")
+        origin = Path(spec.origin)
+        files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
+        for file in files:
+            digest.update(f"{root}/{file.relative_to(origin.parent).as_posix()}\0".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
