@@ -1,0 +1,187 @@
+"""`purser train`: one run from the command line to its release.
+
+Joins books, Ray session and driver; shows progress as the ledger knows it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster import environment
+from cluster.accounting.books import Account, Books
+from cluster.accounting.leases import Leases, explain
+from cluster.accounting.ledger import Ledger
+from cluster.accounting.mechanisms import Charge
+from cluster.errors import UsageError
+from cluster.screen import Screen
+from training import release
+from training.admission import admit, what_would_fit
+from training.config import J, Job, parse
+from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Outcome, charged, train
+
+
+def run(
+    job: Job, plans: Mapping[str, Sequence[Charge]], trials: int, screen: Screen, resume: str | None = None
+) -> dict[str, Any]:
+    """Run `job` once under a lease, or go on with the run called `resume`; returns the contract's keys.
+
+    Raises:
+        UsageError: the job does not fit its account or the run to be resumed; nothing was charged.
+    """
+    ledger = Ledger(environment.ledger_url())
+    books = Books(ledger)
+    accounts, made = admit(books, job, plans, trials)
+    name = resume or environment.new_name(job.account)
+    folder = environment.run_folder(name, new=resume is None)
+    alive = environment.Alive(folder)
+    (folder / "job.json").write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    greet(screen, ledger.url, accounts, made)
+    planned = job.training.steps
+    result = {
+        "run": name,
+        "status": REFUSED,
+        "planned_steps": planned,
+        "authorised_steps": 0,
+        "account": job.account,
+        "epsilon_of_run": 0.0,
+        "metrics": {},
+        "release": None,
+        "why": "",
+    }
+    if resume is None:
+        refusal = refused(Leases(books, environment.is_alive), job, name, accounts)
+        if refusal:
+            return {**result, "why": refusal}
+    log = folder / "log.txt"
+    screen.say(f"Run {name}: {planned} steps on {job.training.workers} workers. Ray's own output: {log}")
+    with screen.quiet(log):
+        from cluster.accounting.actor import start
+        from cluster.session import local_ray
+
+        with local_ray(folder) as dashboard:
+            client = start(ledger.url)
+            screen.say(f"Ray is up, its dashboard is at http://{dashboard}; the workers are starting.")
+            with _progress(screen, books, job.accounts[0], name, planned):
+                outcome = train(client, ledger.identity, job, name, name, folder)
+            cost = charged(client, job, name)
+    result |= {"status": outcome.status, "authorised_steps": cost.steps, "epsilon_of_run": cost.epsilon}
+    result |= {"metrics": outcome.metrics, "why": outcome.why}
+    if outcome.status in (COMPLETED, STOPPED) and (folder / release.WEIGHTS).exists():
+        said = release.statement(job, name, cost.accounts, cost.entries, outcome.metrics, "none in this run.")
+        result["release"] = str(release.write_release(folder, folder / release.WEIGHTS, said))
+    _conclude(screen, outcome, result)
+    alive.release()
+    return result
+
+
+def greet(screen: Screen, url: str, accounts: Sequence[Account], made: bool) -> None:
+    """Say which books are used and how they stand."""
+    first = accounts[0]
+    screen.say(f"Ledger {url}")
+    screen.say(
+        f"Dataset {first.dataset.name}: ε = {first.epsilon:g}, δ = {first.delta:g} for each {first.dataset.unit}"
+        + (", accounts made from this job." if made else ".")
+    )
+    for account in accounts:
+        screen.say(
+            f"  {account.account}: order {account.order}, {account.remaining_cost / account.budget_cost:.1%} left"
+        )
+
+
+def refused(leases: Leases, job: Job, lease: str, accounts: Sequence[Account]) -> str:
+    """Why `job` cannot be paid for and what could; empty where it can. A refusal is written to the ledger."""
+    answer = leases.fits(job.charges())
+    if not answer.fits and leases.expire_dead():
+        answer = leases.fits(job.charges())
+    if answer.fits:
+        return ""
+    answer = leases.reserve(lease, lease, job.charges())
+    now = [leases.books.show(account.account) for account in accounts]
+    return f"{explain(answer.shortages, now)}; nothing was spent. {what_would_fit(job, now, answer.shortages)}"
+
+
+@contextmanager
+def _progress(screen: Screen, books: Books, account: str, lease: str, planned: int) -> Iterator[None]:
+    """Tell of each authorised block while the run goes on: the ledger is the one place that knows."""
+    over = threading.Event()
+
+    def watch() -> None:
+        told = 0
+        while not over.wait(0.5):
+            steps = books.authorised_steps(account, lease)
+            if steps > told:
+                told = steps
+                screen.say(f"  {steps} of {planned} steps authorised")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _conclude(screen: Screen, outcome: Outcome, result: Mapping[str, Any]) -> None:
+    metrics = outcome.metrics
+    line = (
+        f"{outcome.status}: {result['authorised_steps']} steps authorised, ε of this run {result['epsilon_of_run']:.3f}"
+    )
+    if metrics:
+        line += f", accuracy {metrics['accuracy']:.3f} ± {metrics['accuracy_error']:.3f}"
+    screen.say(line + (f" ({outcome.why})" if outcome.why else ""))
+    if result["release"]:
+        screen.say(f"Released: {result['release']}")
+    if outcome.status in (FAILED, STOPPED):
+        screen.say(f"Next: purser train --resume {result['run']}")
+    else:
+        screen.say(f"Next: purser budget show {result['account']}")
+
+
+def rehearse(job: Job, screen: Screen) -> dict[str, Any]:
+    """Try the job's clipping and memory on synthetic inputs in this process; nothing is read, nothing charged."""
+    from training import data
+    from training.engine.rehearsal import rehearse as engine_rehearse
+    from training.engine.trainer import PrivateTrainer
+    from training.models import build
+
+    declared = data.declared(job.data)
+    assert declared.label is not None
+    classes, run_plan = len(declared.label.categories), job.run()
+    model = build(job.model, declared.width, classes, data.image_of(job.model, declared))
+    seen = engine_rehearse(PrivateTrainer(model, job.training.optimizer, run_plan), (declared.width,), classes)
+    screen.say(
+        f"Rehearsal on synthetic inputs: {seen.parameters} parameters; one unit contributes at most "
+        f"{seen.largest_norm:.7f} × max_grad_norm, whatever its companions; a micro-batch of "
+        f"{seen.physical_batch_size} records fits. Nothing was charged."
+    )
+    return {
+        "run": None,
+        "status": COMPLETED,
+        "planned_steps": job.training.steps,
+        "authorised_steps": 0,
+        "account": job.account,
+        "epsilon_of_run": 0.0,
+        "metrics": {},
+        "release": None,
+        "rehearsal": vars(seen),
+    }
+
+
+def resumed(kind: type[J], name: str) -> J:
+    """The job of the run called `name`, as it was resolved when it started.
+
+    Raises:
+        UsageError: no such run, or it holds no job.
+    """
+    folder: Path = environment.run_folder(name)
+    try:
+        raw = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UsageError(f"RUN: {name} holds no job.json; it cannot be resumed, start a new run.") from None
+    return parse(kind, raw)

@@ -1,0 +1,312 @@
+"""The job file: one frozen, typed description of a private run. Unknown keys are refused.
+
+Imports nothing heavy, so that every command can read a job in milliseconds. No data is touched here: every number is
+declared, none derived from records (P11). `tuning.config` adds the sweep's own section.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cluster.accounting.books import PARTITIONS, Dataset
+from cluster.accounting.mechanisms import NOISE_MULTIPLIER_BOUNDS, Charge, DiscreteGaussian
+from cluster.errors import UsageError
+from training.engine.run import DPSGDRun
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=10_000_000)]
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.2's scalars: `on` is a word and `1e-4` a number, which YAML 1.1 has the other way round."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:\.\d+|\d+\.\d*)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+.0123456789"),
+)
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Yaml)  # a SafeLoader
+
+
+class Section(BaseModel):
+    """A section of the job file: frozen, no unknown keys, no NaN, no silent conversions of true to 1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Privacy(Section):
+    """What the owner grants over this data, for everything that ever happens to it."""
+
+    epsilon: Annotated[float, Field(ge=1e-3, le=100)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    unit: str = "row"
+    units: Annotated[int, Field(ge=2, le=10**12)]
+    max_records_per_unit: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+
+    @model_validator(mode="after")
+    def _checks(self) -> Privacy:
+        if self.delta * self.units >= 1:
+            raise ValueError(f"delta: it must be below 1/units = {1 / self.units:.3g}")
+        if self.unit == "row" and self.max_records_per_unit != 1:
+            raise ValueError("max_records_per_unit: it must be 1 where the unit is a row")
+        return self
+
+
+class Feature(Section):
+    """A declared column: a number with its `range`, or a category with its `categories`. Never fitted to data."""
+
+    range: tuple[float, float] | None = None
+    categories: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _checks(self) -> Feature:
+        if (self.range is None) == (self.categories is None):
+            raise ValueError("give either range: [low, high] or categories: [...]")
+        if self.range is not None and not self.range[0] < self.range[1]:
+            raise ValueError("range: the low end must be below the high end")
+        if self.categories is not None and len(set(self.categories)) != len(self.categories):
+            raise ValueError("categories: each may be named once")
+        return self
+
+
+class Label(Section):
+    """The column to predict and its declared categories; a record with another label counts as the first."""
+
+    column: str
+    categories: Annotated[tuple[str, ...], Field(min_length=2)]
+
+
+class Data(Section):
+    """Where the records are and how they are read; declared, so that nothing is learnt from them."""
+
+    source: str
+    validation_fraction: Annotated[float, Field(ge=0.01, le=0.9)] = 0.2
+    features: dict[str, Feature] = {}
+    label: Label | None = None
+
+    @property
+    def width(self) -> int:
+        """How many numbers a record becomes."""
+        return sum(len(f.categories) if f.categories is not None else 1 for f in self.features.values())
+
+
+class Model(Section):
+    """What is trained: linear (softmax regression), mlp (one hidden layer) or cnn (two convolutions)."""
+
+    kind: Literal["linear", "mlp", "cnn"]
+    hidden: Annotated[int, Field(ge=1, le=65536)] = 64
+    channels: Annotated[int, Field(ge=1, le=4096)] = 16
+    image: tuple[Count, Count, Count] | None = None
+
+
+class Optimizer(Section):
+    """The optimizer that applies the noised gradients."""
+
+    name: Literal["sgd", "adam"] = "sgd"
+    learning_rate: Positive = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Training(Section):
+    """DP-SGD: σ, C, B, T and how they are run."""
+
+    backend: Literal["torch"] = "torch"
+    workers: Annotated[int, Field(ge=1, le=64)] = 2
+    steps: Count = 80
+    expected_batch_size: Count = 256
+    physical_batch_size: Count = 256
+    noise_multiplier: Annotated[float, Field(ge=NOISE_MULTIPLIER_BOUNDS[0], le=NOISE_MULTIPLIER_BOUNDS[1])] = 8.0
+    max_grad_norm: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
+    optimizer: Optimizer = Optimizer()
+    block: Count = 20
+
+
+class Evaluation(Section):
+    """How the model is judged: a (correct, wrong) histogram of the validation partition, released with discrete
+    Gaussian noise of standard deviation `noise` records in each cell, and charged."""
+
+    on: Literal["validation"] = "validation"
+    noise: Annotated[float, Field(ge=0.1, le=1e5)] = 5.0
+
+
+class Release(Section):
+    """What leaves: the weights."""
+
+    target: Literal["weights"] = "weights"
+
+
+class Audit(Section):
+    """Empirical audits; none in this version."""
+
+    canaries: Literal[0] = 0
+
+
+class Job(Section):
+    """One job file."""
+
+    account: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+    privacy: Privacy
+    data: Data
+    model: Model
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    release: Release = Release()
+    audit: Audit = Audit()
+
+    @property
+    def accounts(self) -> tuple[str, str]:
+        """The names of the train and the validation account."""
+        train, validation = (f"{self.account}/{partition}" for partition in PARTITIONS)
+        return train, validation
+
+    def dataset(self, sources: Sequence[str] = ()) -> Dataset:
+        """The declared facts of the data, as the owner's books keep them; `sources` are HMACs."""
+        return Dataset(
+            name=self.account,
+            unit=self.privacy.unit,
+            units=self.privacy.units,
+            max_records_per_unit=self.privacy.max_records_per_unit,
+            validation_fraction=self.data.validation_fraction,
+            sources=tuple(sources),
+        )
+
+    def run(self) -> DPSGDRun:
+        """The object that holds σ, C, q and T. q = expected_batch_size over the declared units in train.
+
+        Raises:
+            UsageError: the batch is larger than the train partition is declared to be.
+        """
+        train_units = self.privacy.units * (1 - self.data.validation_fraction)
+        if self.training.expected_batch_size > train_units:
+            raise UsageError(
+                f"training.expected_batch_size: {self.training.expected_batch_size} was given; the train partition is "
+                f"declared to hold {train_units:.0f} units (privacy.units × (1 − validation_fraction)), choose fewer."
+            )
+        return DPSGDRun(
+            noise_multiplier=self.training.noise_multiplier,
+            max_grad_norm=self.training.max_grad_norm,
+            sample_rate=self.training.expected_batch_size / train_units,
+            expected_batch_size=self.training.expected_batch_size,
+            steps=self.training.steps,
+            block=min(self.training.block, self.training.steps),
+            physical_batch_size=self.training.physical_batch_size,
+            max_records_per_unit=self.privacy.max_records_per_unit,
+        )
+
+    def charges(self) -> list[Charge]:
+        """What one run of this job asks for: its steps on train, one evaluation on validation."""
+        train, validation = self.accounts
+        histogram = DiscreteGaussian(self.evaluation.noise, self.privacy.max_records_per_unit)
+        return [self.run().charge(train), Charge(validation, histogram, 1, 1)]
+
+    def with_values(self, values: dict[str, Any]) -> Job:
+        """This job with dotted fields replaced, checked again."""
+        return parse(type(self), override(self.model_dump(mode="json"), values))
+
+
+J = TypeVar("J", bound=Job)
+
+
+def override(raw: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """`raw` with each dotted key of `values` set; sections that are missing are made."""
+    for dotted, value in values.items():
+        *path, last = dotted.split(".")
+        at = raw
+        for part in path:
+            at = at.setdefault(part, {})
+            if not isinstance(at, dict):
+                raise UsageError(f"{dotted}: {part} is no section of a job; see DESIGN or infra/jobs for the shape.")
+        at[last] = value
+    return raw
+
+
+def load(kind: type[J], path: Path, assignments: Sequence[str] = ()) -> J:
+    """Read the job file at `path` with `section.key=value` overrides.
+
+    Raises:
+        UsageError: one sentence that names the file or field, what was given, and what is allowed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"JOB: {path} does not exist; name a job file such as infra/jobs/digits.yaml.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"JOB: {path} cannot be read ({type(error).__name__}); name a YAML text file.") from None
+    try:
+        raw = _yaml(text)
+        values = {}
+        for assignment in assignments:
+            key, equals, value = assignment.partition("=")
+            if not equals:
+                raise UsageError(f"override: {assignment!r} was given; write section.key=value.")
+            values[key] = _yaml(value)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UsageError(f"JOB: {path} is not YAML{where}; check its indentation and colons.") from None
+    if not isinstance(raw, dict):
+        raise UsageError(f"JOB: {path} holds no sections; it needs account, privacy, data and model.")
+    job = parse(kind, override(raw, values))
+    source = job.data.source
+    if ":" not in source:  # a file: relative to the job file, and made absolute once
+        absolute = str((path.parent / Path(source).expanduser()).resolve())
+        job = job.model_copy(update={"data": job.data.model_copy(update={"source": absolute})})
+    return job
+
+
+def parse(kind: type[J], raw: dict[str, Any]) -> J:
+    """Check a job's values.
+
+    Raises:
+        UsageError: the first thing that is wrong, as one sentence.
+    """
+    try:
+        job = kind.model_validate(raw)
+    except ValidationError as error:
+        raise UsageError(_sentence(kind, error)) from None
+    job.run()
+    return job
+
+
+def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    path = [str(part) for part in first["loc"]]
+    field = ".".join(path)
+    given = first.get("input")
+    if first["type"] == "extra_forbidden":
+        section: Any = kind
+        for part in path[:-1]:
+            section = getattr(section, "model_fields", {}).get(part)
+            section = getattr(section, "annotation", None)
+        allowed = list(getattr(section, "model_fields", {}))
+        close = difflib.get_close_matches(path[-1], allowed, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"allowed here are {', '.join(allowed)}."
+        return f"{field}: this key is unknown; {hint}"
+    if first["type"] == "missing":
+        return f"{field}: it is missing and has no default; add it to the job file."
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if first["type"] == "value_error":
+        inner, colon, rest = message.partition(": ")
+        return f"{field}.{inner}: {rest}." if colon and inner.isidentifier() else f"{field}: {message}."
+    return f"{field}: {given!r} was given; {message}."

@@ -1,0 +1,221 @@
+"""Records: from a declared source to one partition's units, inside the boundary.
+
+Preparation is fixed by declared ranges and categories: nothing is fitted, counted or learnt here (P11), and nothing
+that was read may appear in an error (P13): columns are named, values never. Each caller reads one partition.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import importlib.util
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cluster.errors import UsageError
+from training.config import Data, Feature, Job, Label, Model
+
+DIGITS = "sklearn:digits"
+_PIXELS = {f"pixel_{i}": Feature(range=(0.0, 16.0)) for i in range(64)}
+_CLASSES = Label(column="digit", categories=tuple("0123456789"))
+
+
+@dataclass(frozen=True)
+class Table:
+    """A source as text: column names, which are public, and columns of cells, which are not."""
+
+    names: tuple[str, ...]
+    columns: tuple[Sequence[str], ...]
+
+    def rows(self) -> Iterator[bytes]:
+        """Each record as canonical bytes: its cells in the source's column order."""
+        for cells in zip(*self.columns, strict=True):
+            yield "\x1f".join(cells).encode()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One partition's records on one rank, grouped by unit. Arrays: float32 [records, width], int64 [records],
+    int64 [units + 1]."""
+
+    features: np.ndarray
+    labels: np.ndarray
+    offsets: np.ndarray
+
+
+def declared(data: Data) -> Data:
+    """`data` with the columns that a bundled source brings along.
+
+    Raises:
+        UsageError: a table without declared features or label.
+    """
+    if data.source == DIGITS:
+        return data.model_copy(update={"features": data.features or _PIXELS, "label": data.label or _CLASSES})
+    if ":" in data.source:
+        raise UsageError(f"data.source: {data.source!r} was given; write a path to a .csv or .tsv file, or {DIGITS}.")
+    if not data.features:
+        raise UsageError(
+            "data.features: it is missing; declare a range or the categories of each column to learn from."
+        )
+    if data.label is None:
+        raise UsageError("data.label: it is missing; declare the column to predict and its categories.")
+    return data
+
+
+def image_of(model: Model, data: Data) -> tuple[int, int, int] | None:
+    """The (channels, height, width) that a cnn sees its features as; None for other models.
+
+    Raises:
+        UsageError: a cnn without an image shape that matches the features.
+    """
+    if model.kind != "cnn":
+        return None
+    shape = model.image or ((1, 8, 8) if data.source == DIGITS else None)
+    if shape is None or math.prod(shape) != data.width or min(shape[1:]) < 4:
+        raise UsageError(
+            f"model.image: {list(shape) if shape else None} was given; a cnn needs [channels, height, width], at least "
+            f"4 by 4, whose product is the {data.width} features of a record."
+        )
+    return shape
+
+
+def read(data: Data) -> Table:
+    """Read the source as text.
+
+    Raises:
+        UsageError: the file is missing, is no table, or lacks a declared column.
+    """
+    if data.source == DIGITS:
+        package = importlib.util.find_spec("sklearn")  # found, not imported: the import takes a second
+        if package is None or package.origin is None:
+            raise UsageError(f"data.source: {DIGITS} comes with scikit-learn; run pip install scikit-learn.")
+        path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+        names: tuple[str, ...] | None = (*_PIXELS, _CLASSES.column)
+    else:
+        path, names = Path(data.source), None
+    if not path.is_file():
+        raise UsageError(f"data.source: {path} does not exist or is no file; name a .csv or .tsv file.")
+    table = _read_text(path, names)
+    wanted = [*data.features, *([data.label.column] if data.label else [])]
+    for column in wanted:
+        if column not in table.names:
+            field = f"data.features.{column}" if column in data.features else "data.label.column"
+            raise UsageError(f"{field}: the source has no column {column!r}; it has {', '.join(table.names)}.")
+    return table
+
+
+def _read_text(path: Path, names: tuple[str, ...] | None) -> Table:
+    import pyarrow as pa
+    import pyarrow.csv as pacsv
+
+    bad = ""
+    try:
+        with pa.input_stream(str(path), compression="detect") as stream:
+            content = stream.read()
+        delimiter = "\t" if ".tsv" in path.suffixes else ","
+        if names is None:
+            header = pacsv.open_csv(pa.py_buffer(content), parse_options=pacsv.ParseOptions(delimiter=delimiter))
+            names = tuple(header.schema.names)
+            skip = 1
+        else:
+            skip = 0
+        table = pacsv.read_csv(
+            pa.py_buffer(content),
+            read_options=pacsv.ReadOptions(column_names=list(names), skip_rows=skip),
+            parse_options=pacsv.ParseOptions(delimiter=delimiter),
+            convert_options=pacsv.ConvertOptions(
+                column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False, null_values=[]
+            ),
+        )
+        if len(set(names)) != len(names):
+            bad = "two columns have one name"
+        else:
+            return Table(names, tuple(column.to_pylist() for column in table.columns))
+    except (pa.ArrowException, OSError, ValueError):
+        bad = "it is no table of text with a header line and as many cells in every row"
+    # Raised out here, so that the library's own message, which prints cells, is not even chained to it.
+    raise UsageError(f"data.source: {path.name} cannot be used: {bad}.")
+
+
+def fingerprint(table: Table, key: str) -> str:
+    """HMAC of the source's records under the ledger's hidden key, whatever their order. Hexadecimal.
+
+    Keyed, so that who reads the ledger cannot test guesses of the content.
+    """
+    digests = sorted(hashlib.sha256(row).digest() for row in table.rows())
+    return hmac.new(bytes.fromhex(key), b"source\0" + b"".join(digests), hashlib.sha256).hexdigest()
+
+
+def load(job: Job, table: Table, key: str, partition: str, rank: int, world: int) -> Encoded:
+    """The units of `partition` that fall to `rank` of `world`, encoded.
+
+    Where a unit goes depends on its own identity and the dataset's hidden key alone: adding or removing one unit
+    moves no other. A row's identity is its bytes and its ordinal among equal rows. A unit with too many records keeps
+    those with the smallest keyed hashes.
+    """
+    data = declared(job.data)
+    assert data.label is not None
+    secret = bytes.fromhex(key)
+    rows = list(table.rows())
+    column = None if job.privacy.unit == "row" else _column(table, job.privacy.unit)
+    threshold = int(data.validation_fraction * 2**64)
+
+    units: defaultdict[bytes, list[int]] = defaultdict(list)
+    tags: dict[int, bytes] = {}
+    seen: Counter[bytes] = Counter()
+    for i, row in enumerate(rows):
+        tags[i] = _tag(secret, b"record", row + b"\x1e%d" % seen[row])
+        identity = row + b"\x1e%d" % seen[row] if column is None else column[i].encode()
+        seen[row] += 1
+        units[_tag(secret, b"unit", identity)].append(i)
+
+    chosen: list[list[int]] = []
+    for tag in sorted(units):
+        in_validation = int.from_bytes(tag[:8], "big") < threshold
+        if in_validation == (partition == "validation") and int.from_bytes(tag[8:16], "big") % world == rank:
+            records = sorted(units[tag], key=lambda i: tags[i])
+            chosen.append(records[: job.privacy.max_records_per_unit])
+    order = [i for records in chosen for i in records]
+    offsets = np.concatenate([[0], np.cumsum([len(records) for records in chosen], dtype=np.int64)]).astype(np.int64)
+    features = [_encode(_column(table, name), feature, order) for name, feature in data.features.items()]
+    answers = {category: i for i, category in enumerate(data.label.categories)}
+    cells = _column(table, data.label.column)
+    labels = np.array([answers.get(cells[i].strip(), 0) for i in order], dtype=np.int64)
+    return Encoded(np.concatenate(features, axis=1), labels, offsets)
+
+
+def _tag(secret: bytes, purpose: bytes, content: bytes) -> bytes:
+    return hmac.new(secret, purpose + b"\0" + content, hashlib.sha256).digest()
+
+
+def _column(table: Table, name: str) -> Sequence[str]:
+    if name not in table.names:
+        raise UsageError(
+            f"privacy.unit: the source has no column {name!r}; it has {', '.join(table.names)}, or use row."
+        )
+    return table.columns[table.names.index(name)]
+
+
+def _encode(cells: Sequence[str], feature: Feature, order: Sequence[int]) -> np.ndarray:
+    if feature.categories is not None:
+        place = {category: i for i, category in enumerate(feature.categories)}
+        found = np.array([place.get(cells[i].strip(), -1) for i in order], dtype=np.int64)
+        return (found[:, None] == np.arange(len(place))[None, :]).astype(np.float32)
+    assert feature.range is not None
+    low, high = feature.range
+    values = np.array([_number(cells[i], (low + high) / 2) for i in order], dtype=np.float64)
+    return ((np.clip(values, low, high) - low) / (high - low)).astype(np.float32)[:, None]
+
+
+def _number(cell: str, otherwise: float) -> float:
+    """A cell as a number; what is none counts as the middle of the declared range, silently: an error would tell."""
+    try:
+        value = float(cell)
+    except ValueError:
+        return otherwise
+    return otherwise if math.isnan(value) else value

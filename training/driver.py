@@ -1,0 +1,134 @@
+"""One private run from the driver's side: reserve, fit on Ray Train's workers, close the lease, write the release.
+
+No per-step work happens here, and no record comes here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.accounting.actor import AccountantClient
+from cluster.accounting.books import Account
+from cluster.accounting.leases import explain
+from cluster.environment import code_hash
+from cluster.errors import PurserError, without_content
+from cluster.session import CPUS_PER_WORKER
+from training.config import Job
+
+COMPLETED, STOPPED, REFUSED, FAILED = "completed", "stopped", "refused", "failed"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: one of the four status words, its noised metrics, and a sentence where it did not complete."""
+
+    status: str
+    metrics: dict[str, Any] = field(default_factory=dict)
+    why: str = ""
+
+
+def train(
+    client: AccountantClient,
+    ledger: str,
+    job: Job,
+    lease: str,
+    by: str,
+    folder: Path,
+    callbacks: Sequence[Any] = (),
+) -> Outcome:
+    """Run `job` under `lease`, held by the command `by`; weights and checkpoints go to `folder`.
+
+    The lease is closed whatever happens: settled when the run completed, else released, so that it may be resumed.
+    """
+    answer = client.reserve(lease, by, job.charges())
+    if not answer.fits:
+        accounts = [client.show(account) for account in job.accounts]
+        return Outcome(REFUSED, why=explain(answer.shortages, accounts))
+    outcome = Outcome(FAILED, why="it was interrupted; what was authorised is spent")
+    try:
+        outcome = _fit(ledger, job, lease, folder, callbacks)
+    finally:
+        client.close(lease, "settle" if outcome.status == COMPLETED else "release", outcome.status)
+    return outcome
+
+
+def _fit(ledger: str, job: Job, lease: str, folder: Path, callbacks: Sequence[Any]) -> Outcome:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from training.worker import train_worker
+
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "job": job.model_dump(mode="json", include=set(Job.model_fields)),
+            "lease": lease,
+            "ledger": ledger,
+            "folder": str(folder),
+            "code": code_hash(),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=job.training.workers, resources_per_worker={"CPU": CPUS_PER_WORKER}, use_gpu=False
+        ),
+        torch_config=TorchConfig(backend="gloo", timeout_s=300),
+        run_config=RunConfig(
+            name=lease,  # a Train run's name is its identity: the same name goes on from its last checkpoint
+            storage_path=str(folder / "ray"),
+            callbacks=list(callbacks),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            # Every retry re-executes and is charged again, so all limits are finite.
+            failure_config=FailureConfig(max_failures=1, controller_failure_limit=1, max_preemption_failures=2),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        return Outcome(FAILED, why=_reason(error))
+    metrics = dict(result.metrics or {})
+    status = metrics.pop("status", FAILED)
+    kept = {name: metrics[name] for name in ("accuracy", "accuracy_error", "correct", "wrong") if name in metrics}
+    why = "" if status == COMPLETED else "the budget could not pay for all of its steps"
+    return Outcome(status, kept, why)
+
+
+def _reason(error: BaseException) -> str:
+    """Our own sentence out of Ray Train's wrapping; a library's message is dropped for its type (P13)."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for inner in (*failures.values(), error.__cause__, error):
+        for candidate in (inner, getattr(inner, "cause", None), getattr(inner, "__cause__", None)):
+            if isinstance(candidate, PurserError):
+                return str(candidate)
+    return f"Ray Train gave up ({without_content(error)})"
+
+
+@dataclass(frozen=True)
+class Charged:
+    """What a run was charged: per account its `authorise` entries, and the accounts as they stand."""
+
+    accounts: list[Account]
+    entries: dict[str, list[dict[str, Any]]]
+
+    @property
+    def steps(self) -> int:
+        """Training steps that were authorised, re-executed ones included."""
+        return sum(entry["steps"] for entry in self.entries[self.accounts[0].account])
+
+    @property
+    def cost(self) -> int:
+        """Their cost on the train account."""
+        return sum(entry["cost"] for entry in self.entries[self.accounts[0].account])
+
+    @property
+    def epsilon(self) -> float:
+        """The ε that the books charge for the run alone, on the train account."""
+        return self.accounts[0].epsilon_of(self.cost)
+
+
+def charged(client: AccountantClient, job: Job, lease: str) -> Charged:
+    """Read from the ledger what `lease` was charged."""
+    accounts = [client.show(account) for account in job.accounts]
+    return Charged(accounts, {a.account: client.charged(lease, a.account) for a in accounts})

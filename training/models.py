@@ -1,0 +1,39 @@
+"""The tabular models a job may name, from public shapes only.
+
+Layers are those that the engine allows by name (`training.engine.validation`).
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from training.config import Model
+
+
+def build(model: Model, width: int, classes: int, image: tuple[int, int, int] | None = None) -> nn.Module:
+    """A model from features [records, width] to logits [records, classes].
+
+    Args:
+        image: (channels, height, width) of the features, for a cnn (`training.data.image_of`).
+    """
+    if model.kind == "linear":
+        linear = nn.Linear(width, classes)
+        nn.init.zeros_(linear.weight)  # convex: random weights would only be noise that nobody asked for
+        nn.init.zeros_(linear.bias)
+        return nn.Sequential(linear)
+    if model.kind == "mlp":
+        return nn.Sequential(nn.Linear(width, model.hidden), nn.ReLU(), nn.Linear(model.hidden, classes))
+    assert image is not None
+    channels, height, breadth = image
+    hidden = model.channels
+    return nn.Sequential(
+        nn.Unflatten(1, (channels, height, breadth)),
+        nn.Conv2d(channels, hidden, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(hidden, 2 * hidden, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(2 * hidden * (height // 4) * (breadth // 4), classes),
+    )

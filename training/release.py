@@ -1,0 +1,183 @@
+"""What leaves: weights as safetensors and a privacy statement, in JSON for machines and Markdown for lawyers.
+
+Every number of a statement comes from the ledger or from declared facts; nothing is recomputed from data.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.accounting.books import Account
+from training.config import Job
+
+if TYPE_CHECKING:
+    from torch import nn
+
+WEIGHTS = "weights.safetensors"
+LIBRARIES = ("purser", "torch", "opacus", "opendp", "ray")
+EXCLUDED = (
+    "timing, memory use, crashes and out-of-memory stops are side channels outside the guarantee",
+    "the guarantee is for idealised real arithmetic with computationally secure randomness; floating-point effects are "
+    "mitigated (53-bit noise, a public rounding grid, a margin in the noise) but not proven harmless",
+    "the data's owner, this machine and the cluster's operators are trusted; whoever sees only what leaves is not",
+    "the books bound what this ledger saw: the same people in another file or another ledger are charged there",
+)
+
+
+def write_weights(model: nn.Module, folder: Path) -> None:
+    """Write the noised parameters of `model`, whole or not at all."""
+    from safetensors.torch import save_file
+
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / f".{WEIGHTS}")
+    os.replace(folder / f".{WEIGHTS}", folder / WEIGHTS)
+
+
+def statement(
+    job: Job,
+    run: str,
+    accounts: Sequence[Account],
+    charges: Mapping[str, Sequence[Mapping[str, Any]]],
+    metrics: Mapping[str, Any],
+    tuning: str,
+) -> dict[str, Any]:
+    """The privacy statement of one run.
+
+    Args:
+        accounts: both accounts as they stand now.
+        charges: account → its `authorise` entries of this run.
+        tuning: in words, whether the run was chosen among others, and where those were charged.
+    """
+    plan = job.run()
+    partitions = []
+    for account in accounts:
+        mine = charges[account.account]
+        cost = sum(entry["cost"] for entry in mine)
+        partitions.append(
+            {
+                "account": account.account,
+                "epsilon": account.epsilon,
+                "delta": account.delta,
+                "order": account.order,
+                "budget_cost": account.budget_cost,
+                "spent_cost": account.spent_cost,
+                "head": account.head,
+                "cost_of_run": cost,
+                "epsilon_of_run": account.epsilon_of(cost),
+                "charges": [
+                    {key: entry[key] for key in ("seq", "kind", "mechanism", "steps", "cost", "hash")} for entry in mine
+                ],
+            }
+        )
+    first = accounts[0]
+    return {
+        "schema": "purser.privacy-statement/1",
+        "run": run,
+        "made_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "protected": {
+            "dataset": job.account,
+            "unit": first.dataset.unit,
+            "adjacency": "one unit with all of its records added or removed",
+            "max_records_per_unit": first.dataset.max_records_per_unit,
+            "declared_units": first.dataset.units,
+        },
+        "guarantee": {
+            "epsilon": first.epsilon,
+            "delta": first.delta,
+            "scope": "everything ever released from this dataset through this ledger, tuning and evaluation included",
+        },
+        "released": {"target": job.release.target, "file": WEIGHTS, "metrics": dict(metrics)},
+        "accounting": {
+            "method": "Rényi filter at one fixed integer order per account (Feldman and Zrnic 2021); conversion of "
+            "Canonne, Kamath and Steinke 2020; costs are integers of 1e-12 RDP, rounded up",
+            "sampling": "Poisson over units at sample_rate, as accounted, by a ChaCha20 keystream from OS entropy",
+            "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        },
+        "training": {
+            "mechanism": "DP-SGD",
+            "noise_multiplier": plan.noise_multiplier,
+            "max_grad_norm": plan.max_grad_norm,
+            "sample_rate": plan.sample_rate,
+            "expected_batch_size": plan.expected_batch_size,
+            "planned_steps": plan.steps,
+            "model": job.model.model_dump(mode="json", exclude_none=True),
+            "optimizer": job.training.optimizer.model_dump(mode="json"),
+        },
+        "tuning": tuning,
+        "partitions": partitions,
+        "public_data": "none",
+        "audits": "none",
+        "excluded": list(EXCLUDED),
+    }
+
+
+def write_release(folder: Path, weights: Path, said: Mapping[str, Any]) -> Path:
+    """Make `folder`/release from `weights` and a statement; returns its path."""
+    release = folder / "release"
+    release.mkdir(exist_ok=True)
+    shutil.copyfile(weights, release / WEIGHTS)
+    (release / "statement.json").write_text(json.dumps(said, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (release / "statement.md").write_text(markdown(said), encoding="utf-8")
+    return release
+
+
+def markdown(said: Mapping[str, Any]) -> str:
+    """The statement for people."""
+    protected, guarantee, training = said["protected"], said["guarantee"], said["training"]
+    unit = "record (row)" if protected["unit"] == "row" else protected["unit"]
+    lines = [
+        f"# Privacy statement of {said['run']}",
+        "",
+        f"Each {unit} of the dataset **{protected['dataset']}** is protected by "
+        f"({guarantee['epsilon']:g}, {guarantee['delta']:g})-differential privacy for {guarantee['scope']}.",
+        "",
+        f"- Neighbouring datasets differ by {protected['adjacency']}; at most {protected['max_records_per_unit']} "
+        f"record(s) of a unit are used; {protected['declared_units']} units were declared.",
+        f"- Released: the {said['released']['target']} in `{said['released']['file']}`"
+        + (", and the noised metrics below." if said["released"]["metrics"] else "."),
+        f"- Mechanism: {training['mechanism']}, noise_multiplier {training['noise_multiplier']:g}, max_grad_norm "
+        f"{training['max_grad_norm']:g}, sample_rate {training['sample_rate']:.6g}, {training['planned_steps']} steps "
+        f"planned. Sampling: {said['accounting']['sampling']}.",
+        f"- Tuning: {said['tuning']}",
+        f"- Accounting: {said['accounting']['method']}.",
+        f"- Public data used: {said['public_data']}. Audits: {said['audits']}.",
+        "",
+        "| account | budget ε | δ | order | ε of this run | spent of the budget | ledger head |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for part in said["partitions"]:
+        lines.append(
+            f"| {part['account']} | {part['epsilon']:g} | {part['delta']:g} | {part['order']} "
+            f"| {part['epsilon_of_run']:.3f} | {part['spent_cost'] / part['budget_cost']:.1%} "
+            f"| {part['head']['seq']}:{part['head']['hash']} |"
+        )
+    lines += [
+        "",
+        "A unit is in one partition only, so the guarantee of the two accounts together is that of one. The ε of this "
+        "run alone may not be added to that of others: the budget is what bounds them all.",
+        "",
+        "## Charges of this run",
+        "",
+        "| account | entry | steps | cost (1e-12 RDP) | hash |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for part in said["partitions"]:
+        for charge in part["charges"]:
+            lines.append(
+                f"| {part['account']} | {charge['seq']} | {charge['steps']} | {charge['cost']:,} "
+                f"| {charge['hash'][:16]}… |"
+            )
+    metrics = said["released"]["metrics"]
+    if metrics:
+        lines += ["", "## Noised metrics on the validation partition", ""]
+        lines.append(f"Accuracy {metrics['accuracy']:.3f} ± {metrics['accuracy_error']:.3f} (95 % of the noise).")
+    lines += ["", "## Not covered", "", *(f"- {line}." for line in said["excluded"]), ""]
+    lines.append("Libraries: " + ", ".join(f"{k} {v}" for k, v in said["accounting"]["libraries"].items()) + ".")
+    return "\n".join(lines) + "\n"
