@@ -1,0 +1,226 @@
+"""The front door: the `purser` command parses, hands over and prints; it decides nothing.
+
+It starts in under half a second: whatever needs torch or Ray is imported by the command that uses it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster import display, environment
+from cluster.accounting import orders
+from cluster.accounting.books import Books
+from cluster.accounting.ledger import Ledger
+from cluster.errors import PurserError, Refused, UsageError, without_content
+from cluster.screen import Screen
+
+app = typer.Typer(
+    help="Private training and tuning under one enforced (ε, δ).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+budget = typer.Typer(help="The books: accounts and everything they were charged.", no_args_is_help=True)
+app.add_typer(budget, name="budget")
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A job file, such as infra/jobs/digits.yaml.")]
+OptionalJob = Annotated[Path | None, typer.Argument(metavar="JOB", help="A job file; not with --resume.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that override the job file's.")
+]
+AccountName = Annotated[str, typer.Argument(metavar="ACCOUNT", help="digits/train; digits alone means digits/train.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+
+
+def main() -> None:
+    """Run the command; an error ends as one sentence on stderr and an exit code, never as a traceback."""
+    environment.secure_ray()
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except PurserError as error:
+        _end(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _end("interrupted; what was authorised is spent, what was only reserved is released.", 1)
+    except Exception as error:  # noqa: BLE001 (the last door: whatever it is, a person gets a sentence)
+        if hasattr(error, "format_message"):  # typer's own errors of usage
+            _end(error.format_message() or "a command is missing; see purser --help.", 2)
+        _end(f"a bug in Purser ({without_content(error)}); nothing more is charged, please report it.", 1)
+
+
+def _end(sentence: str, code: int) -> None:
+    sys.stderr.write(f"purser: {sentence}\n")
+    sys.exit(code)
+
+
+def _job(path: Path, overrides: list[str] | None) -> Any:
+    from training.config import load
+    from tuning.config import SweepJob
+
+    return load(SweepJob, path.absolute(), overrides or [])
+
+
+def _books() -> Books:
+    return Books(Ledger(environment.ledger_url()))
+
+
+def _finish(screen: Screen, result: dict[str, Any]) -> None:
+    """Print what a run or sweep came to; a refusal or failure ends with its sentence and exit code."""
+    screen.result(result)
+    if result["status"] == "refused":
+        raise Refused(f"refused: {result['why']}")
+    if result["status"] == "failed":
+        raise PurserError(f"failed: {result['why']}")
+
+
+@app.command()
+def plan(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """What a job would cost; touches no data and spends nothing."""
+    from tuning.display import plan_table
+    from tuning.plan import make
+
+    screen = Screen(as_json)
+    books = _books()
+    made = make(books, _job(job, overrides))
+    screen.say(f"Ledger {books.ledger.url}")
+    screen.say(plan_table(made))
+    if not made.exists:
+        screen.say("There is no such account yet; these are the orders it would be given.")
+    screen.say(f"Next: purser tune {job}")
+    screen.result(made.as_json())
+
+
+@app.command()
+def train(
+    job: OptionalJob = None,
+    overrides: Overrides = None,
+    rehearse: Annotated[bool, typer.Option(help="Synthetic inputs only; nothing is charged.")] = False,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run that did not complete.")] = None,
+    as_json: Json = False,
+) -> None:
+    """One private run under a lease."""
+    from training.admission import plans_of
+    from tuning.config import SweepJob
+
+    screen = Screen(as_json)
+    if (job is None) == (resume is None):
+        raise UsageError("JOB: give a job file, or --resume RUN alone.")
+    if resume is not None:
+        from training.command import resumed, run
+
+        whole = resumed(SweepJob, resume)
+    else:
+        assert job is not None
+        whole = _job(job, overrides)
+        from training.command import rehearse as rehearsal
+        from training.command import run
+
+        if rehearse:
+            screen.result(rehearsal(whole.plain, screen))
+            return
+    plans = plans_of([whole.plain.charges(), *(corner.charges() for corner in whole.corners())])
+    _finish(screen, run(whole.plain, plans, whole.tuning.trials, screen, resume))
+
+
+@app.command()
+def tune(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """A private hyper-parameter sweep; every trial is admitted by the accountant or refused."""
+    from tuning.command import tune as sweep
+
+    screen = Screen(as_json)
+    _finish(screen, sweep(_job(job, overrides), screen))
+
+
+@budget.command()
+def create(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Make the dataset and its accounts as the job says; prints how the order of each is chosen."""
+    from training import data
+    from training.admission import plans_of
+    from tuning.plan import candidates
+
+    screen = Screen(as_json)
+    whole = _job(job, overrides)
+    books = _books()
+    screen.say(f"Ledger {books.ledger.url}")
+    declared = data.declared(whole.data)
+    source = data.fingerprint(data.read(declared), books.source_key())
+    runs = (*whole.corners(), *candidates(whole))
+    plans, privacy = plans_of([run.charges() for run in runs]), whole.privacy
+    accounts = books.create(whole.dataset([source]), privacy.epsilon, privacy.delta, plans, whole.tuning.trials)
+    for name in whole.accounts:
+        rows = orders.order_table(privacy.epsilon, privacy.delta, plans[name], whole.tuning.trials)
+        screen.say(display.order_table(name, rows))
+    screen.say(display.accounts_table(accounts))
+    screen.say(f"Next: purser plan {job}")
+    screen.result({"accounts": [account.as_json() for account in accounts]})
+
+
+@budget.command("list")
+def list_accounts(as_json: Json = False) -> None:
+    """Every account of this ledger."""
+    screen = Screen(as_json)
+    books = _books()
+    accounts = [books.show(name) for name in books.names()]
+    screen.say(f"Ledger {books.ledger.url}")
+    screen.say(display.accounts_table(accounts) if accounts else "No accounts yet. Next: purser budget create JOB")
+    screen.result({"accounts": [account.as_json() for account in accounts]})
+
+
+@budget.command()
+def show(account: AccountName, as_json: Json = False) -> None:
+    """One account: what is spent, reserved and left, and how many more runs fit."""
+    screen = Screen(as_json)
+    books = _books()
+    shown = books.show(books.resolve(account))
+    both = [shown] if "/" in account else [books.show(name) for name in shown.dataset.accounts()]
+    screen.say(f"Ledger {books.ledger.url}")
+    for one in both:
+        screen.say(display.account_card(one, books.last_run_cost(one.account)))
+        screen.say()
+    screen.say(f"Next: purser budget history {shown.account}")
+    screen.result(shown.as_json())
+
+
+@budget.command()
+def history(account: AccountName, as_json: Json = False) -> None:
+    """Every entry of an account, like a bank statement."""
+    screen = Screen(as_json)
+    books = _books()
+    shown = books.show(books.resolve(account))
+    rows = list(books.history(shown.account))
+    screen.say(f"Ledger {books.ledger.url}")
+    screen.say(display.history_table(rows, shown.budget_cost))
+    screen.say(f"Next: purser budget verify {shown.account} --head {shown.head['seq']}:{shown.head['hash']}")
+    screen.result({"account": shown.account, "entries": rows})
+
+
+@budget.command()
+def verify(
+    account: AccountName,
+    head: Annotated[str | None, typer.Option(metavar="SEQ:HASH", help="A head that was kept elsewhere.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Recompute the hash chain and the totals; with --head, also find a cut or rewritten chain."""
+    from cluster.accounting import verify as chain
+
+    screen = Screen(as_json)
+    books = _books()
+    name = books.resolve(account)
+    with books.ledger.reading() as connection:
+        verdict = chain.verify(
+            name, books.ledger.of_account(connection, name), chain.parse_head(head) if head else None
+        )
+    screen.say(f"Ledger {books.ledger.url}")
+    word = "[green]valid[/]" if verdict.valid else "[red]not valid[/]"
+    screen.say(f"{name}: {word}: {verdict.why}.")
+    if verdict.head:
+        screen.say(f"Head {verdict.head['seq']}:{verdict.head['hash']}; keep it somewhere else.")
+    screen.result({k: getattr(verdict, k) for k in ("account", "valid", "first_bad_seq", "head", "why")})
+    raise typer.Exit(0 if verdict.valid else 1)
+
+
+if __name__ == "__main__":
+    main()

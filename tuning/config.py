@@ -1,0 +1,115 @@
+"""The job file with its `tuning` section: the search space and how it is searched.
+
+Imports nothing heavy. A space is drawn from public numbers; it may not depend on the data.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from cluster.errors import UsageError
+from training.config import Job, Section
+
+MOST_CORNERS = 256
+
+
+class Dimension(Section):
+    """One searched field: choice, uniform, loguniform or int, each between declared ends."""
+
+    choice: Annotated[tuple[Any, ...] | None, Field(min_length=1)] = None
+    uniform: tuple[float, float] | None = None
+    loguniform: tuple[float, float] | None = None
+    int: tuple[int, int] | None = None
+
+    @model_validator(mode="after")
+    def _checks(self) -> Dimension:
+        given = [name for name in ("choice", "uniform", "loguniform", "int") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of choice, uniform, loguniform, int")
+        ends = self.uniform or self.loguniform or self.int
+        if ends and not ends[0] < ends[1]:
+            raise ValueError(f"{given[0]}: the low end must be below the high end")
+        if self.loguniform and self.loguniform[0] <= 0:
+            raise ValueError("loguniform: the low end must be above 0")
+        return self
+
+    def extremes(self) -> tuple[Any, ...]:
+        """Values that bound what it may take: every choice, or both ends."""
+        if self.choice is not None:
+            return self.choice
+        return self.uniform or self.loguniform or self.int or ()
+
+    def at(self, share: float) -> Any:
+        """The value at `share` in [0, 1) of the dimension."""
+        if self.choice is not None:
+            return self.choice[math.floor(share * len(self.choice))]
+        if self.int is not None:
+            return self.int[0] + math.floor(share * (self.int[1] - self.int[0] + 1))
+        if self.uniform is not None:
+            return self.uniform[0] + share * (self.uniform[1] - self.uniform[0])
+        assert self.loguniform is not None
+        return self.loguniform[0] * (self.loguniform[1] / self.loguniform[0]) ** share
+
+
+class Tuning(Section):
+    """How the sweep searches. Without a space there is one candidate: the job as it stands."""
+
+    mode: Literal["filter", "select"] = "filter"
+    trials: Annotated[int, Field(ge=1, le=10_000)] = 8
+    space: dict[str, Dimension] = {}
+    search: Literal["random", "grid"] = "random"
+    scheduler: Literal["none"] = "none"
+
+    @model_validator(mode="after")
+    def _checks(self) -> Tuning:
+        for name, dimension in self.space.items():
+            if not name.startswith(("training.", "model.")):
+                raise ValueError(f"space: {name} cannot be searched, only fields of training and model")
+            if self.search == "grid" and dimension.choice is None:
+                raise ValueError(f"space: {name} needs choice: [...] for search: grid, or use search: random")
+        return self
+
+
+class SweepJob(Job):
+    """A job file with everything in it."""
+
+    tuning: Tuning = Tuning()
+
+    @property
+    def plain(self) -> Job:
+        """The job of one run, without the sweep."""
+        return Job.model_validate(self.model_dump(mode="json", exclude={"tuning"}))
+
+    def candidate(self, values: dict[str, Any]) -> Job:
+        """The run of one trial.
+
+        Raises:
+            UsageError: a value that the field does not allow, named.
+        """
+        return self.plain.with_values(values)
+
+    def grid(self) -> Iterator[dict[str, Any]]:
+        """Every combination of the choices; the last dimension varies fastest."""
+        names = list(self.tuning.space)
+        for values in itertools.product(*(self.tuning.space[name].choice or () for name in names)):
+            yield dict(zip(names, values, strict=True))
+
+    def corners(self) -> list[Job]:
+        """Candidates at the extremes of the space: cheapest and dearest are among them. All are checked.
+
+        Raises:
+            UsageError: a corner that is no valid run, or more corners than can be priced.
+        """
+        names = list(self.tuning.space)
+        extremes = [self.tuning.space[name].extremes() for name in names]
+        if math.prod(map(len, extremes)) > MOST_CORNERS:
+            raise UsageError(
+                f"tuning.space: it has {math.prod(map(len, extremes))} corners; at most {MOST_CORNERS} can be priced, "
+                "search fewer dimensions or choices."
+            )
+        return [self.candidate(dict(zip(names, values, strict=True))) for values in itertools.product(*extremes)]
