@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+# `python -m purser` puts the folder one stands in first; a `training.py` or `cluster/` there must not pass for ours.
+if sys.path and Path(sys.path[0] or ".").resolve() == Path.cwd() != Path(__file__).resolve().parent:
+    sys.path.pop(0)
+
 import typer
 
 from cluster import display, environment
@@ -128,10 +132,12 @@ def train(
 @app.command()
 def tune(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """A private hyper-parameter sweep; every trial is admitted by the accountant or refused."""
+    screen = Screen(as_json)
+    whole = _job(job, overrides)
+    whole.corners()  # a space that holds an impossible run is found before anything heavy is imported
     from tuning.command import tune as sweep
 
-    screen = Screen(as_json)
-    _finish(screen, sweep(_job(job, overrides), screen))
+    _finish(screen, sweep(whole, screen))
 
 
 @budget.command()

@@ -72,21 +72,29 @@ def run_folder(name: str, *, new: bool = False) -> Path:
     return folder
 
 
+def _holder(name: str) -> Path:
+    """The lock file of the command called `name`: beside the ledger, which every command on it can see."""
+    folder = Path(ledger_url().removeprefix("sqlite:///")).parent / "holders"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder / name
+
+
 class Alive:
-    """A lock held on a run's folder for as long as its command lives; the kernel lets go when the process dies.
+    """A lock held for as long as a command lives; the kernel lets go of it when the process dies, however it dies.
 
     An embedded ledger knows by it that the holder of a lease is dead, and may release what was reserved at once.
+
+    Raises:
+        UsageError: another process is running under this name.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._file = open(folder / "alive", "w")  # noqa: SIM115 (held open on purpose)
+    def __init__(self, name: str) -> None:
+        self._file = open(_holder(name), "w")  # noqa: SIM115 (held open on purpose)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise UsageError(
-                f"RUN: {folder.name} is still running in another process; wait for it to end, then try again."
-            ) from None
+            raise UsageError(f"RUN: {name} is still running in another process; wait for it to end.") from None
 
     def release(self) -> None:
         """Let go before the process ends."""
@@ -94,9 +102,9 @@ class Alive:
 
 
 def is_alive(name: str) -> bool:
-    """Whether the command that made the run `name` still lives on this machine."""
+    """Whether the command that holds leases as `name` still lives on this machine."""
     try:
-        with open(home() / "runs" / name / "alive") as file:
+        with open(_holder(name)) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -38,7 +38,7 @@ def run(
     accounts, made = admit(books, job, plans, trials)
     name = resume or environment.new_name(job.account)
     folder = environment.run_folder(name, new=resume is None)
-    alive = environment.Alive(folder)
+    alive = environment.Alive(name)
     (folder / "job.json").write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
     greet(screen, ledger.url, accounts, made)
     planned = job.training.steps
@@ -53,8 +53,11 @@ def run(
         "release": None,
         "why": "",
     }
+    leases = Leases(books, environment.is_alive)
+    if resume is not None and leases.settled(resume):
+        raise UsageError(f"RUN: {resume} is complete and settled; start a new run.")
     if resume is None:
-        refusal = refused(Leases(books, environment.is_alive), job, name, accounts)
+        refusal = refused(leases, job, name, accounts)
         if refusal:
             return {**result, "why": refusal}
     log = folder / "log.txt"

@@ -52,6 +52,14 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_booleans(cls, values: Any) -> Any:
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, bool):
+                raise ValueError(f"{key}: {value} was given; no field is true or false, write a number or a word")
+        return values
+
 
 class Privacy(Section):
     """What the owner grants over this data, for everything that ever happens to it."""
@@ -125,6 +133,7 @@ class Optimizer(Section):
     learning_rate: Positive = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "linear"] = "constant"
 
 
 class Training(Section):

@@ -52,12 +52,14 @@ def declared(data: Data) -> Data:
     """`data` with the columns that a bundled source brings along.
 
     Raises:
-        UsageError: a table without declared features or label.
+        UsageError: no such file, or a table without declared features or label.
     """
     if data.source == DIGITS:
         return data.model_copy(update={"features": data.features or _PIXELS, "label": data.label or _CLASSES})
     if ":" in data.source:
         raise UsageError(f"data.source: {data.source!r} was given; write a path to a .csv or .tsv file, or {DIGITS}.")
+    if not Path(data.source).is_file():
+        raise UsageError(f"data.source: {data.source} does not exist or is no file; name a .csv or .tsv file.")
     if not data.features:
         raise UsageError(
             "data.features: it is missing; declare a range or the categories of each column to learn from."
@@ -98,8 +100,6 @@ def read(data: Data) -> Table:
         names: tuple[str, ...] | None = (*_PIXELS, _CLASSES.column)
     else:
         path, names = Path(data.source), None
-    if not path.is_file():
-        raise UsageError(f"data.source: {path} does not exist or is no file; name a .csv or .tsv file.")
     table = _read_text(path, names)
     wanted = [*data.features, *([data.label.column] if data.label else [])]
     for column in wanted:

@@ -77,7 +77,7 @@ def _fit(ledger: str, job: Job, lease: str, folder: Path, callbacks: Sequence[An
         torch_config=TorchConfig(backend="gloo", timeout_s=300),
         run_config=RunConfig(
             name=lease,  # a Train run's name is its identity: the same name goes on from its last checkpoint
-            storage_path=str(folder / "ray"),
+            storage_path=str(folder / "storage"),
             callbacks=list(callbacks),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             # Every retry re-executes and is charged again, so all limits are finite.

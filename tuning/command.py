@@ -40,7 +40,7 @@ def tune(job: SweepJob, screen: Screen) -> dict[str, Any]:
     accounts, made = admit(books, job.plain, plans_of(charges), job.tuning.trials)
     name = environment.new_name(job.account)
     folder = environment.run_folder(name, new=True)
-    alive = environment.Alive(folder)
+    alive = environment.Alive(name)
     (folder / "job.json").write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
     greet(screen, ledger.url, accounts, made)
 
@@ -58,7 +58,8 @@ def tune(job: SweepJob, screen: Screen) -> dict[str, Any]:
     result = _result(job, name, trials, best)
     result["why"] = _why(trials, leases, accounts)
     if best is not None:
-        screen.say(result["why"])
+        if result["why"]:
+            screen.say(result["why"])
         result["release"] = str(_release(name, folder, trials, best))
         screen.say(f"Best: trial {best.number}. Released: {result['release']}")
         screen.say(f"Next: purser budget show {job.account}")

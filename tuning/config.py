@@ -100,7 +100,7 @@ class SweepJob(Job):
             yield dict(zip(names, values, strict=True))
 
     def corners(self) -> list[Job]:
-        """Candidates at the extremes of the space: cheapest and dearest are among them. All are checked.
+        """Candidates at the extremes of the space and one within: cheapest and dearest are among them. All are checked.
 
         Raises:
             UsageError: a corner that is no valid run, or more corners than can be priced.
@@ -112,4 +112,8 @@ class SweepJob(Job):
                 f"tuning.space: it has {math.prod(map(len, extremes))} corners; at most {MOST_CORNERS} can be priced, "
                 "search fewer dimensions or choices."
             )
-        return [self.candidate(dict(zip(names, values, strict=True))) for values in itertools.product(*extremes)]
+        inner = [
+            self.tuning.space[name].at(0.381966) for name in names
+        ]  # a fraction where whole numbers are needed shows
+        runs = [dict(zip(names, values, strict=True)) for values in (*itertools.product(*extremes), inner)]
+        return [self.candidate(values) for values in runs]

@@ -85,7 +85,9 @@ class Sweep(tune.Callback):
             tune_config=tune.TuneConfig(
                 search_alg=BudgetedSearch(job, self._ask), num_samples=-1, max_concurrent_trials=concurrent
             ),
-            run_config=tune.RunConfig(name="tune", storage_path=str(self._folder / "ray"), callbacks=[self], verbose=0),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=str(self._folder / "storage"), callbacks=[self], verbose=0
+            ),
         )
         try:
             tuner.fit()

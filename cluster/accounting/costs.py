@@ -88,15 +88,21 @@ def _ceil(fine: int) -> int:
     return -(-fine // FINE)
 
 
-def blocks(steps: int, block: int) -> list[tuple[int, int]]:
-    """The blocks of a plan as (start, stop) step numbers; the last may be shorter."""
-    return [(start, min(start + block, steps)) for start in range(0, steps, block)]
-
-
 def price(charge: Charge, order: int, steps: int | None = None) -> int:
-    """What authorising every block of `charge` (or only its first `steps` steps) will cost."""
+    """What authorising every block of `charge` (or only its first `steps` steps) will cost.
+
+    The sum of `block_cost` over the blocks, in closed form: full blocks telescope where a block costs a unit or more,
+    and cost exactly one unit each where it costs less.
+    """
     planned = charge.steps if steps is None else steps
-    return sum(block_cost(charge.mechanism, order, start, stop) for start, stop in blocks(planned, charge.block))
+    full, rest = divmod(planned, charge.block)
+    fine = step_cost(charge.mechanism, order)
+    cost = _ceil(fine * full * charge.block) if fine * charge.block >= FINE else full
+    if rest:
+        cost += block_cost(charge.mechanism, order, planned - rest, planned)
+    if cost > LARGEST:
+        raise UsageError("steps: the cost is beyond what the ledger can hold; choose more noise or fewer steps.")
+    return cost
 
 
 def budget_cost(epsilon: float, delta: float, order: int) -> int:

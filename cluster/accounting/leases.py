@@ -278,6 +278,12 @@ class Leases:
                 )
             return spent
 
+    def settled(self, lease: str) -> bool:
+        """Whether `lease` was ended for good."""
+        with self.ledger.reading() as connection:
+            accounts = self.ledger.accounts_of_lease(connection, lease)
+            return any(self._state(connection, lease, account).settled for account in accounts)
+
     def expire_dead(self) -> list[str]:
         """Close the leases whose holder no longer lives; returns their names."""
         if self._is_alive is None:

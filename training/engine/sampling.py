@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from cluster.errors import PurserError
 from training.engine.randomness import Keystream
 from training.engine.run import DPSGDRun
 
@@ -68,6 +69,8 @@ def micro_batches(shard: Shard, joined: np.ndarray, physical_batch_size: int) ->
         while last < len(joined) and records + sizes[last] <= physical_batch_size:
             records += sizes[last]
             last += 1
+        if last == first:
+            raise PurserError("training.physical_batch_size: a unit has more records than one micro-batch may hold.")
         chosen = joined[first:last]
         index = np.concatenate([np.arange(shard.offsets[u], shard.offsets[u + 1]) for u in chosen])
         rows = torch.from_numpy(index)

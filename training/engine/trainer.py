@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from opacus.grad_sample import GradSampleHooks
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from training.engine.optimizer import PrivateOptimizer
 from training.engine.run import DPSGDRun
@@ -41,6 +42,10 @@ class OptimizerChoice(Protocol):
     def weight_decay(self) -> float:
         """L2 (sgd) or decoupled (adam)."""
 
+    @property
+    def schedule(self) -> str:
+        """constant, or linear: down to 0 at the last planned step, so that the last steps' noise counts least."""
+
 
 def make_optimizer(model: nn.Module, choice: OptimizerChoice) -> torch.optim.Optimizer:
     """The torch optimizer over the trainable parameters of `model`."""
@@ -63,7 +68,10 @@ class PrivateTrainer:
         self.model = model
         self.run = run
         self._hooks = GradSampleHooks(model, loss_reduction="sum")
-        self._optimizer = PrivateOptimizer(make_optimizer(model, optimizer), run)
+        inner = make_optimizer(model, optimizer)
+        self._optimizer = PrivateOptimizer(inner, run)
+        falls = optimizer.schedule == "linear"
+        self._schedule = LambdaLR(inner, lambda step: 1 - step / run.steps if falls else 1.0)
         model.train()
         if dist.is_available() and dist.is_initialized():
             for parameter in model.parameters():
@@ -81,6 +89,7 @@ class PrivateTrainer:
             for batch in micro_batches(shard, sampler.draw(), self.run.physical_batch_size):
                 self.accumulate(batch)
             self._optimizer.step()
+            self._schedule.step()
 
     def contribution(self) -> torch.Tensor:
         """The un-noised sum so far, handed over and cleared: for the rehearsal on synthetic inputs only."""
@@ -88,12 +97,17 @@ class PrivateTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters and optimizer state, all of it already noised; nothing about keys is in it (P10)."""
-        return {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`, under fresh keys."""
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
 
     def unhook(self) -> nn.Module:
         """Take Opacus's hooks off and return the plain model."""

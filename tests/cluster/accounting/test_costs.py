@@ -1,0 +1,303 @@
+"""Costs: never below the exact Rényi divergence, in agreement with dp_accounting and Opacus, telescoping over blocks;
+budgets round down and ε is what the books charge (P4, P6, P14)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from fractions import Fraction
+
+import dp_accounting
+import mpmath
+import pytest
+from dp_accounting.rdp import rdp_privacy_accountant
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.accounting.costs import (
+    FINE,
+    LARGEST,
+    UNIT,
+    affordable_steps,
+    block_cost,
+    budget_cost,
+    epsilon_of,
+    least_noise_multiplier,
+    price,
+    step_cost,
+)
+from cluster.accounting.mechanisms import Charge, DiscreteGaussian, PoissonSubsampledGaussian
+from cluster.errors import UsageError
+
+ORDERS = range(2, 64)
+HISTORIES = [(8.0, 0.25, 80), (1.0, 0.01, 1000), (0.6, 0.004, 500), (0.5, 0.5, 3), (8.0, 1e-5, 1000), (20.0, 1.0, 50)]
+
+
+def rdp(mechanism, order, steps=1):
+    return step_cost(mechanism, order) * steps / (UNIT * FINE)
+
+
+def exact_rdp(mechanism, order):
+    """The add direction's divergence by its binomial sum, in another library's arithmetic: 100 digits, of which
+    cancellation in the logarithm of a number near 1 takes fewer than 30."""
+    with mpmath.workdps(100):
+        q, sigma = mpmath.mpf(mechanism.sample_rate), mpmath.mpf(mechanism.noise_multiplier)
+        moment = mpmath.fsum(
+            mpmath.binomial(order, k) * (1 - q) ** (order - k) * q**k * mpmath.exp((k * k - k) / (2 * sigma**2))
+            for k in range(order + 1)
+        )
+        return mpmath.log(moment) / (order - 1)
+
+
+def blocks(steps, block):
+    """The blocks of a plan as (start, stop) step numbers; the last may be shorter."""
+    return [(start, min(start + block, steps)) for start in range(0, steps, block)]
+
+
+def is_too_low(fine, mechanism, order):
+    """Whether `fine`, a step's cost in units of 1e-36, is below the exact divergence by more than 100 digits' error."""
+    with mpmath.workdps(100):
+        return mpmath.mpf(fine) < exact_rdp(mechanism, order) * UNIT * FINE - mpmath.mpf(10) ** -30
+
+
+def dp_accounting_rdp(sigma, q, steps=1):
+    event = dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(sigma))
+    accountant = rdp_privacy_accountant.RdpAccountant(orders=list(ORDERS))
+    accountant.compose(event, steps)
+    return accountant._rdp  # the curve itself has no public name; an ε would hide all but one order
+
+
+@pytest.mark.parametrize(("sigma", "q", "steps"), HISTORIES)
+def test_agrees_with_dp_accounting(sigma, q, steps):
+    theirs = dp_accounting_rdp(sigma, q, steps)
+    ours = [rdp(PoissonSubsampledGaussian(q, sigma), order, steps) for order in ORDERS]
+    assert ours == [pytest.approx(value, rel=1e-9, abs=1e-14) for value in theirs]
+
+
+@pytest.mark.parametrize(("sigma", "q"), [history[:2] for history in HISTORIES])
+def test_agrees_with_opacus(sigma, q):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from opacus.accountants.analysis.rdp import compute_rdp
+
+    # one step: at q = 1e-5 Opacus is up to 6e-5 off relative, 1e-16 absolute, and would multiply that by the steps
+    theirs = compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=list(ORDERS))
+    ours = [rdp(PoissonSubsampledGaussian(q, sigma), order) for order in ORDERS]
+    assert ours == [pytest.approx(value, rel=1e-9, abs=1e-14) for value in theirs]
+
+
+SUBSAMPLED = st.builds(
+    lambda q, sigma: PoissonSubsampledGaussian(10.0**q, 10.0**sigma), st.floats(-9, 0), st.floats(-1, 5)
+)
+
+
+@settings(deadline=None, max_examples=80)
+@given(SUBSAMPLED, st.integers(2, 64))
+def test_never_below_the_exact_divergence_and_hardly_above(mechanism, order):
+    fine = step_cost(mechanism, order)
+    assert not is_too_low(fine, mechanism, order)
+    with mpmath.workdps(100):
+        assert fine - exact_rdp(mechanism, order) * UNIT * FINE < 1 + mpmath.mpf(10) ** -30
+
+
+@pytest.mark.parametrize("order", [128, 1024])
+@pytest.mark.parametrize(("q", "sigma"), [(1e-9, 1e5), (1 - 2**-53, 0.1), (1e-9, 0.1), (0.5, 1e5)])
+def test_never_below_at_the_corners_of_the_bounds(q, sigma, order):
+    mechanism = PoissonSubsampledGaussian(q, sigma)
+    assert not is_too_low(step_cost(mechanism, order), mechanism, order)
+
+
+def test_a_variant_that_rounds_down_is_caught():
+    """Broken on purpose: dp_accounting's floats, whose last digit falls on either side, and costs cut to units."""
+    mechanisms = [
+        PoissonSubsampledGaussian(q, sigma) for sigma, q, _ in HISTORIES if q < 1
+    ]  # at q = 1 it is a fraction
+    floats = [(m, dp_accounting_rdp(m.noise_multiplier, m.sample_rate)[8 - ORDERS[0]]) for m in mechanisms]
+    assert any(is_too_low(int(Fraction(value) * UNIT * FINE), m, 8) for m, value in floats)
+    assert all(is_too_low(step_cost(m, 8) // FINE * FINE, m, 8) for m in mechanisms)
+    assert not any(is_too_low(step_cost(m, 8), m, 8) for m in mechanisms)
+
+
+@pytest.mark.parametrize(("q", "sigma", "order"), [(0.25, 1.0, 4), (0.25, 8.0, 6), (0.9, 2.0, 3), (0.01, 0.7, 2)])
+def test_covers_adding_and_removing_a_unit(q, sigma, order):
+    """Straight from the definition, by numerical integration, with no formula of any paper in between."""
+    with mpmath.workdps(30):
+        cost = mpmath.mpf(step_cost(PoissonSubsampledGaussian(q, sigma), order)) / (UNIT * FINE)
+
+        def without(x):
+            return mpmath.npdf(x, 0, sigma)
+
+        def joined(x):
+            return (1 - mpmath.mpf(q)) * without(x) + mpmath.mpf(q) * mpmath.npdf(x, 1, sigma)
+
+        def divergence(p, r):
+            ends = mpmath.linspace(-15 * sigma, order + 15 * sigma, 12)
+            return mpmath.log(mpmath.quad(lambda x: p(x) ** order * r(x) ** (1 - order), ends)) / (order - 1)
+
+        add, remove = divergence(joined, without), divergence(without, joined)
+        assert remove <= add
+        assert cost == pytest.approx(add, rel=1e-12)
+
+
+def test_tiny_steps_are_neither_free_nor_rounded_up_one_by_one():
+    mechanism = PoissonSubsampledGaussian(1e-5, 8.0)
+    assert rdp(mechanism, 8) == pytest.approx(6.299e-12, rel=1e-3)
+    one_by_one = 1000 * block_cost(mechanism, 8, 0, 1)
+    assert one_by_one == 7000
+    assert block_cost(mechanism, 8, 0, 1000) == math.ceil(exact_rdp(mechanism, 8) * UNIT * 1000) == 6300
+
+
+def test_a_single_step_costs_at_least_one_unit():
+    mechanism = PoissonSubsampledGaussian(1e-9, 1e5)
+    assert 0 < step_cost(mechanism, 2) < FINE
+    assert [block_cost(mechanism, 2, start, start + 1) for start in range(5)] == [1] * 5
+
+
+@settings(deadline=None, max_examples=150)
+@given(SUBSAMPLED, st.integers(2, 32), st.integers(1, 400), st.integers(1, 60))
+def test_blocks_telescope(mechanism, order, steps, block):
+    """However an attempt is cut into blocks, and wherever it stops, it has paid for the steps it ran, and at most one
+    unit per block more."""
+    exact = Fraction(step_cost(mechanism, order), FINE)
+    paid = 0
+    for number, (start, stop) in enumerate(blocks(steps, block), start=1):
+        cost = block_cost(mechanism, order, start, stop)
+        assert cost >= 1
+        paid += cost
+        assert exact * stop <= paid < exact * stop + number
+        assert price(Charge("a/train", mechanism, steps, block), order, stop) == paid
+    assert price(Charge("a/train", mechanism, steps, block), order) == paid
+
+
+def test_a_variant_that_rounds_each_block_to_the_nearest_unit_is_caught():
+    exact = Fraction(step_cost(PoissonSubsampledGaussian(1e-5, 8.0), 8), FINE)
+    assert sum(round(exact * (stop - start)) for start, stop in blocks(1000, 1)) < exact * 1000
+
+
+@pytest.mark.parametrize(("scale", "sensitivity"), [(5.0, 1), (5.1, 3), (1000.0, 100), (0.3, 1)])
+def test_discrete_gaussian_cost(scale, sensitivity):
+    for order in (2, 6, 64):
+        exact = Fraction(order * sensitivity**2) / (2 * Fraction(scale) ** 2) * UNIT * FINE
+        assert step_cost(DiscreteGaussian(scale, sensitivity), order) == math.ceil(exact)
+
+
+@pytest.mark.parametrize(("scale", "sensitivity", "order"), [(5.0, 1, 6), (2.0, 3, 4), (0.5, 1, 8)])
+def test_discrete_gaussian_covers_its_own_mass_function(scale, sensitivity, order):
+    """The divergence between the noise and the shifted noise, summed over the integers."""
+    with mpmath.workdps(40):
+        reach = int(30 * scale + order * sensitivity + 10)
+        mass = {
+            x: mpmath.exp(-(mpmath.mpf(x) ** 2) / (2 * mpmath.mpf(scale) ** 2)) for x in range(-2 * reach, 2 * reach)
+        }
+        total = mpmath.fsum(mass.values())
+        moment = mpmath.fsum(
+            (mass[x - sensitivity] / total) ** order * (mass[x] / total) ** (1 - order) for x in range(-reach, reach)
+        )
+        exact = mpmath.log(moment) / (order - 1)
+        cost = mpmath.mpf(step_cost(DiscreteGaussian(scale, sensitivity), order)) / (UNIT * FINE)
+        # at an integer shift the two agree to the last digit, so the comparison allows the 40 digits' own rounding
+        assert exact - mpmath.mpf(10) ** -30 <= cost <= exact * (1 + mpmath.mpf(10) ** -6)
+
+
+@pytest.mark.parametrize("delta", [1e-4, 1e-5, 1e-10, 0.01])
+@pytest.mark.parametrize("order", [2, 6, 17, 128, 1024])
+def test_conversion_agrees_with_dp_accounting(delta, order):
+    cost = 5 * UNIT
+    theirs, _ = rdp_privacy_accountant.compute_epsilon([order], [cost / UNIT], delta)
+    assert epsilon_of(cost, delta, order) == pytest.approx(theirs, rel=1e-12)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.floats(0.5, 100), st.sampled_from([1e-3, 1e-4, 1e-5, 1e-9, 0.3]), st.sampled_from([2, 6, 12, 32, 128, 1024]))
+def test_budgets_round_down_and_invert(epsilon, delta, order):
+    budget = budget_cost(epsilon, delta, order)
+    with mpmath.workdps(60):
+        # mpmath reads the digits that were written, as the owner did; the binary neighbour may lie above
+        alpha, granted, chance = mpmath.mpf(order), mpmath.mpf(repr(epsilon)), mpmath.mpf(repr(delta))
+        exact = (granted - mpmath.log(1 - 1 / alpha) + mpmath.log(chance * alpha) / (alpha - 1)) * UNIT
+        assert budget <= exact < budget + 1 + mpmath.mpf(10) ** -30
+    if budget > 0:
+        assert epsilon_of(budget, delta, order) == pytest.approx(epsilon, abs=1e-11)
+        assert epsilon_of(budget + 2, delta, order) > epsilon
+        assert epsilon_of(budget // 2, delta, order) < epsilon
+
+
+def test_budgets_are_of_the_digits_that_were_written():
+    """The float nearest to 64.918 lies above it; taken for what the owner granted, it is here one unit too much."""
+    epsilon, delta = "64.918", "9.18e-05"
+
+    def exact(epsilon, delta):
+        return int(mpmath.floor((epsilon - mpmath.log(mpmath.mpf(5) / 6) + mpmath.log(delta * 6) / 5) * UNIT))
+
+    with mpmath.workdps(60):
+        written = exact(mpmath.mpf(epsilon), mpmath.mpf(delta))
+        assert exact(mpmath.mpf(float(epsilon)), mpmath.mpf(float(delta))) == written + 1
+        assert budget_cost(float(epsilon), float(delta), 6) == written
+
+
+def test_epsilon_of_rises_with_the_cost_and_nothing_is_nothing():
+    assert epsilon_of(0, 1e-4, 6) == 0.0
+    said = [epsilon_of(cost, 1e-4, 6) for cost in (UNIT, UNIT + 10_000, 2 * UNIT)]
+    assert said == sorted(set(said))
+
+
+@pytest.mark.parametrize("delta", [math.nan, math.inf, -1e-4])
+def test_budget_of_an_impossible_delta_fails_closed(delta):
+    with pytest.raises((ArithmeticError, ValueError)):
+        budget_cost(3.0, delta, 6)
+
+
+@pytest.mark.xfail(strict=True, reason="epsilon_of(): max(0.0, nan) is 0.0, so a NaN delta reads as nothing spent")
+def test_epsilon_of_a_nan_delta_fails_closed():
+    with pytest.raises((ArithmeticError, ValueError, UsageError)):
+        epsilon_of(UNIT, math.nan, 6)
+
+
+@pytest.mark.parametrize("field", ["sample_rate", "noise_multiplier"])
+def test_nan_never_reaches_a_cost(field):
+    """Libraries fail open on it: dp_accounting turns a spent ε of 96 into 0."""
+    with pytest.raises(UsageError, match=field):
+        step_cost(PoissonSubsampledGaussian(**{"sample_rate": 0.1, "noise_multiplier": 1.0, field: math.nan}), 8)
+    with pytest.raises(UsageError, match="scale"):
+        step_cost(DiscreteGaussian(math.nan, 1), 8)
+
+
+def test_what_has_no_cost_cannot_be_charged():
+    with pytest.raises(UsageError, match="mechanism"):
+        step_cost(object(), 8)
+
+
+def test_a_block_beyond_64_bits_is_refused():
+    mechanism = PoissonSubsampledGaussian(1.0, 0.1)
+    steps = LARGEST * FINE // step_cost(mechanism, 6)
+    assert block_cost(mechanism, 6, 0, steps) <= LARGEST
+    with pytest.raises(UsageError, match="steps"):
+        block_cost(mechanism, 6, 0, steps + 1)
+
+
+def test_a_price_beyond_64_bits_is_refused_though_each_block_is_not():
+    charge = Charge("a/train", PoissonSubsampledGaussian(1.0, 0.1), 10_000_000, 1000)
+    assert block_cost(charge.mechanism, 6, 0, 1000) <= LARGEST
+    with pytest.raises(UsageError, match="steps"):
+        price(charge, 6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 60), st.integers(1, 25), st.integers(0, 4 * 10**11))
+def test_affordable_steps_is_the_most_that_fits(steps, block, available):
+    charge = Charge("a/train", PoissonSubsampledGaussian(0.25, 8.0), steps, block)
+    fits = [n for n in range(steps + 1) if price(charge, 6, n) <= available]
+    assert affordable_steps(charge, 6, available) == max(fits)
+    assert affordable_steps(charge, 6, available, steps // 2) == min(max(fits), steps // 2)
+
+
+def test_least_noise_multiplier_fits_and_hardly_less_does():
+    charge = Charge("a/train", PoissonSubsampledGaussian(0.25, 1.0), 80, 20)
+    available = budget_cost(3.0, 1e-4, 6)
+    least = least_noise_multiplier(charge, 6, available)
+    for noise, fits in ((least, True), (least * 0.98, False)):
+        changed = Charge("a/train", PoissonSubsampledGaussian(0.25, noise), 80, 20)
+        assert (price(changed, 6) <= available) is fits
+    assert least == float(f"{least:.3g}")
+    assert least_noise_multiplier(charge, 6, 0) is None
+    assert least_noise_multiplier(charge, 6, 1) is None

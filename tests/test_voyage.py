@@ -1,0 +1,202 @@
+"""The whole voyage with real Ray, real workers and real data, run by the real command from a folder that holds the
+user's own `training.py` and `cluster/`: a sweep under one budget, what is left, then nothing (P1, P2, P3, P6, P14)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import DIGITS
+
+from cluster.accounting.costs import UNIT
+
+pytestmark = pytest.mark.cluster
+
+# Dear steps, so that few trials fill the budget: two fit, the third is refused; a second sweep can pay for the first
+# candidate once more, a third for none.
+SPACE = "tuning.space={training.noise_multiplier: {choice: [5.0, 6.0, 4.0]}}"
+OVERRIDES = ("tuning.trials=3", SPACE)
+TRIAL_KEYS = {"id", "config", "status", "planned_steps", "authorised_steps", "cost", "metrics"}
+
+
+def recompute(entries, order):
+    """RDP at `order` of all authorised entries in their order, by dp_accounting alone from what --json printed."""
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
+    accountant = RdpAccountant([order])
+    totals = [0.0]
+    for entry in entries:
+        if entry["kind"] != "authorise":
+            continue
+        mechanism = entry["mechanism"]
+        if mechanism["kind"] == "poisson_subsampled_gaussian":
+            event = PoissonSampledDpEvent(mechanism["sample_rate"], GaussianDpEvent(mechanism["noise_multiplier"]))
+        else:
+            event = GaussianDpEvent(mechanism["scale"] / mechanism["l2_sensitivity"])
+        accountant.compose(event, entry["steps"])
+        totals.append(float(accountant._rdp[0]))
+    return totals
+
+
+def budget_holds(purser, account):
+    """Spent is what the entries say, at no moment over the budget, and dp_accounting agrees."""
+    from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
+
+    shown = purser("budget", "show", account, "--json").json
+    entries = purser("budget", "history", account, "--json").json["entries"]
+    assert shown["spent_cost"] == sum(e["cost"] for e in entries if e["kind"] == "authorise")
+    assert all(e["spent_after"] + e["reserved_after"] <= shown["budget_cost"] for e in entries)
+    totals = recompute(entries, shown["order"])
+    assert totals[-1] == pytest.approx(shown["spent_cost"] / UNIT, rel=1e-9)
+    assert max(totals) <= shown["budget_cost"] / UNIT
+    if totals[-1]:
+        epsilon, _ = compute_epsilon([shown["order"]], [totals[-1]], shown["delta"])
+        assert epsilon <= shown["epsilon"]
+    assert purser("budget", "verify", account).code == 0
+    return shown, entries
+
+
+def shadows(folder):
+    """The user's own files, named like our packages."""
+    (folder / "training.py").write_text("raise SystemExit('the file of the user was imported')\n")
+    (folder / "cluster").mkdir()
+    (folder / "cluster" / "__init__.py").write_text("raise SystemExit('the folder of the user was imported')\n")
+
+
+@pytest.fixture(scope="module")
+def voyage(tmp_path_factory):
+    """Three sweeps on one set of books."""
+    from conftest import Purser
+
+    root = tmp_path_factory.mktemp("voyage")
+    (root / "user").mkdir()
+    shadows(root / "user")
+    purser = Purser(root / "home", root / "user")
+    first = purser("tune", DIGITS, *OVERRIDES)
+    second = purser("tune", DIGITS, *OVERRIDES, "--json")
+    third = purser("tune", DIGITS, *OVERRIDES, "--json")
+    return purser, first, second, third
+
+
+def test_the_first_sweep_runs_what_fits_and_refuses_the_rest(voyage):
+    purser, first, _, _ = voyage
+    assert first.code == 0, first.out + first.err
+    assert "user was imported" not in first.out + first.err
+    assert "refused" in first.out
+    assert first.out.count("completed, accuracy") == 2
+    for noise in ("WARNING", "(raylet)", "TrainController", "absl", "Traceback"):
+        assert noise not in first.out + first.err, "only the product's own lines are on the screen"
+    log = Path(next(line for line in first.out.splitlines() if "Ray's own output" in line).rpartition(": ")[2])
+    assert log.stat().st_size > 0
+
+
+def test_the_second_gets_what_is_left_and_the_third_nothing(voyage):
+    _, _, second, third = voyage
+    assert second.code == 0, second.err
+    assert set(second.json) >= {"sweep", "mode", "status", "account", "trials", "best", "release"}
+    assert {key for trial in second.json["trials"] for key in trial} >= TRIAL_KEYS
+    statuses = [trial["status"] for trial in second.json["trials"]]
+    assert statuses.count("completed") == 1
+    assert statuses.count("refused") == 2
+    assert second.json["best"]["metrics"]["accuracy"] > 0.5
+    assert third.code == 3
+    assert third.json["status"] == "refused"
+    assert third.json["release"] is None
+    assert "What would fit" in third.err
+
+
+def test_the_ledger_was_never_over_its_budget(voyage):
+    purser, *_ = voyage
+    shown, entries = budget_holds(purser, "digits/train")
+    kinds = [entry["kind"] for entry in entries]
+    assert kinds.count("refuse") == 1 + 2 + 3
+    assert kinds.count("settle") == 3
+    assert shown["reserved_cost"] == 0
+    assert shown["spent_cost"] > 0.9 * shown["budget_cost"]
+    shown, _ = budget_holds(purser, "digits/validation")
+    assert shown["spent_cost"] == 3 * 120_000_000_000
+
+
+def test_a_broken_accountant_would_be_seen(voyage):
+    """The same recomputation on a history in which one more sweep was let through."""
+    purser, *_ = voyage
+    shown = purser("budget", "show", "digits/train", "--json").json
+    entries = purser("budget", "history", "digits/train", "--json").json["entries"]
+    assert max(recompute(entries * 2, shown["order"])) > shown["budget_cost"] / UNIT
+
+
+def test_the_release_is_whole_and_its_statement_true(voyage):
+    import torch
+    from safetensors.torch import load_file
+
+    from cluster.accounting.books import Books
+    from cluster.accounting.ledger import Ledger
+    from training import data
+    from training.config import load
+    from tuning.config import SweepJob
+
+    purser, first, _, _ = voyage
+    release = Path(next(line for line in first.out.splitlines() if "Released: " in line).rpartition("Released: ")[2])
+    assert sorted(path.name for path in release.iterdir()) == ["statement.json", "statement.md", "weights.safetensors"]
+    said = json.loads((release / "statement.json").read_text())
+    entries = purser("budget", "history", "digits/train", "--json").json["entries"]
+    charges = said["partitions"][0]["charges"]
+    assert sum(charge["steps"] for charge in charges) == 80
+    assert {charge["hash"] for charge in charges} <= {entry["hash"] for entry in entries}
+    head = said["partitions"][0]["head"]
+    assert purser("budget", "verify", "digits/train", "--head", f"{head['seq']}:{head['hash']}").code == 0
+    assert f"{head['seq']}:{head['hash']}" in (release / "statement.md").read_text()
+
+    job = load(SweepJob, DIGITS)
+    job = job.model_copy(update={"data": data.declared(job.data)})
+    key = Books(Ledger(f"sqlite:///{purser.home}/ledger.db")).partition_key("digits")
+    validation = data.load(job, data.read(job.data), key, "validation", 0, 1)
+    weights = load_file(release / "weights.safetensors")
+    logits = torch.from_numpy(validation.features) @ weights["0.weight"].T + weights["0.bias"]
+    accuracy = (logits.argmax(1).numpy() == validation.labels).mean()
+    # Cheap trials at σ = 5 reach 0.94; far below it would mean that something else was released.
+    assert accuracy > 0.85
+    assert abs(accuracy - said["released"]["metrics"]["accuracy"]) < 0.08  # six standard deviations of its noise
+
+
+def test_a_killed_run_is_resumed_and_charged_for_what_it_burnt(purser):
+    """kill -9 of the driver: what was authorised stays spent, the reservation is found dead, the run goes on."""
+    job = (DIGITS, "training.steps=2000", "training.block=100", "training.noise_multiplier=60", "training.workers=1")
+    command = [str(Path(sys.executable).parent / "purser"), "train", *map(str, job)]
+    process = subprocess.Popen(
+        command, cwd=purser.folder, env=purser.environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    told = iter(process.stdout.readline, "")
+    run = next(line for line in told if line.startswith("Run ")).split()[1].rstrip(":")
+    next(line for line in told if "steps authorised" in line)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(1)
+    shown = purser("budget", "show", "digits/train", "--json").json
+    burnt = shown["spent_cost"]
+    assert burnt > 0
+    assert shown["reserved_cost"] > 0
+
+    ended = purser("train", "--resume", run, "--json")
+    assert ended.code == 0, ended.err
+    assert ended.json["status"] == "completed"
+    assert ended.json["run"] == run
+    shown, entries = budget_holds(purser, "digits/train")
+    assert shown["reserved_cost"] == 0
+    opened = [entry for entry in entries if entry["kind"] == "open"]
+    assert [entry["attempt"] for entry in opened] == [1, 2]
+    done = opened[1]["body"]["done"]
+    # Every step that ran is charged, those that ran twice are charged twice.
+    before = sum(e["steps"] for e in entries if e["kind"] == "authorise" and e["attempt"] == 1)
+    assert ended.json["authorised_steps"] == before + 2000 - done >= 2000
+    again = purser("train", "--resume", run)
+    assert again.code == 2
+    assert "settled" in again.err

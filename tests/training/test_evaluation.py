@@ -1,0 +1,185 @@
+"""An evaluation is one noised histogram (P13): the noise is the discrete Gaussian that was charged (P12, P14), nothing about
+the records but the two noised counts comes out, and too little noise is refused before anything is counted."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import opendp.measurements
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from cluster.accounting.costs import step_cost
+from cluster.accounting.mechanisms import DiscreteGaussian
+from cluster.errors import PurserError
+from training.engine.sampling import Shard
+from training.evaluation import noised_accuracy
+
+RARE = 2e-9  # the false-alarm rate of each statistical check below
+SCALE = 5.0
+RIGHT, WRONG = 70, 30
+
+
+def model():
+    """Calls a record 1 where its only feature is positive, else 0."""
+    linear = nn.Linear(1, 2)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[-1.0], [1.0]]))
+        linear.bias.zero_()
+    return nn.Sequential(linear)
+
+
+def shard(right=RIGHT, wrong=WRONG):
+    features = torch.ones(right + wrong, 1)
+    labels = torch.cat([torch.ones(right, dtype=torch.long), torch.zeros(wrong, dtype=torch.long)])
+    return Shard(features, labels, np.arange(right + wrong + 1))
+
+
+def mechanism(scale=SCALE, sensitivity=1):
+    return DiscreteGaussian(scale, sensitivity)
+
+
+@pytest.fixture(scope="module")
+def releases():
+    """4,000 releases of the same counts."""
+    return [noised_accuracy(model(), shard(), mechanism()) for _ in range(4000)]
+
+
+def discrete_gaussian(low, high, scale):
+    at = np.arange(low, high + 1)
+    mass = np.exp(-(at**2) / (2 * scale**2))
+    return mass / np.exp(-(np.arange(-400, 401) ** 2) / (2 * scale**2)).sum()
+
+
+@pytest.mark.parametrize(("cell", "count"), [("correct", RIGHT), ("wrong", WRONG)])
+def test_each_count_carries_discrete_gaussian_noise_of_the_charged_scale(releases, cell, count):
+    noise = np.array([release[cell] for release in releases]) - count
+    assert noise.dtype.kind == "i"
+    n = len(noise)
+    assert abs(noise.mean()) < 6 * SCALE / math.sqrt(n)
+    # The variance is 25 to 1e-200; six standard errors are 13 %: half the noise, or double, is far outside.
+    assert abs(noise.var() / SCALE**2 - 1) < 6 * math.sqrt(2 / n)
+    expected = n * discrete_gaussian(-13, 13, SCALE)
+    seen = np.array([(noise == k).sum() for k in range(-13, 14)])
+    tails = n - expected.sum(), n - seen.sum()
+    statistic = ((seen - expected) ** 2 / expected).sum() + (tails[1] - tails[0]) ** 2 / tails[0]
+    assert stats.chi2.sf(statistic, 27) > RARE
+
+
+def test_the_noise_of_both_counts_is_independent(releases):
+    counts = np.array([(release["correct"], release["wrong"]) for release in releases])
+    assert abs(np.corrcoef(counts.T)[0, 1]) * math.sqrt(len(counts)) < 6
+
+
+def test_no_two_releases_share_their_noise(releases):
+    counts = np.array([release["correct"] for release in releases])
+    assert abs(np.corrcoef(counts[:-1], counts[1:])[0, 1]) * math.sqrt(len(counts)) < 6
+
+
+def test_the_error_bar_is_1_96_deviations_of_what_was_released(releases):
+    """Both counts are noised, and both noises are in the bar (P14). Six standard errors of a deviation are 7 %."""
+    accuracy = np.array([release["accuracy"] for release in releases])
+    bar = np.median([release["accuracy_error"] for release in releases])
+    assert bar == pytest.approx(1.96 * accuracy.std(), rel=0.1)
+    assert np.mean(np.abs(accuracy - 0.7) < bar) == pytest.approx(0.95, abs=0.03)
+
+
+def test_only_noised_numbers_come_out(releases):
+    """The normaliser is the noised sum, never the number of records."""
+    for release in releases[:200]:
+        assert set(release) == {"correct", "wrong", "accuracy", "accuracy_error"}
+        total = release["correct"] + release["wrong"]
+        assert release["accuracy"] == min(1, max(0, release["correct"] / total))
+    assert len({release["correct"] + release["wrong"] for release in releases}) > 20
+
+
+def answering(counts, seen=None):
+    """OpenDP's constructor, but that its measurement answers `counts`; a map that promises what is charged."""
+
+    class Release:
+        def __init__(self, scale):
+            self.scale = scale
+
+        def map(self, sensitivity):
+            return sensitivity**2 / (2 * self.scale**2)
+
+        def __call__(self, real):
+            if seen is not None:
+                seen.append(real)
+            return list(counts)
+
+    return lambda *space, scale: Release(scale)
+
+
+@pytest.mark.parametrize(
+    "counts", [(0, 0), (-3, 10), (10, -3), (-5, -7), (1, -1), (1, 0), (0, 1), (-1, 2), (2, -1), (10**6, 1)]
+)
+def test_accuracy_stays_between_0_and_1_whatever_the_noise(monkeypatch, counts):
+    monkeypatch.setattr(opendp.measurements, "make_gaussian", answering(counts))
+    got = noised_accuracy(model(), shard(), mechanism())
+    assert (got["correct"], got["wrong"]) == counts
+    assert 0 <= got["accuracy"] <= 1
+    assert 0 <= got["accuracy_error"] <= 1
+    assert all(math.isfinite(value) for value in got.values())
+
+
+def test_what_goes_into_the_noise_is_right_and_wrong(monkeypatch):
+    seen = []
+    monkeypatch.setattr(opendp.measurements, "make_gaussian", answering((1, 1), seen))
+    noised_accuracy(model(), shard(), mechanism())
+    noised_accuracy(model(), shard(0, 0), mechanism())
+    noised_accuracy(model(), shard(0, 4), mechanism())
+    assert seen == [[70, 30], [0, 0], [0, 4]]
+
+
+def test_an_empty_partition_is_released_like_any_other():
+    """Noise around zero: that nobody is there is not said."""
+    empty = Shard(torch.zeros(0, 1), torch.zeros(0, dtype=torch.long), np.zeros(1, dtype=np.int64))
+    counts = np.array([noised_accuracy(model(), empty, mechanism())["correct"] for _ in range(500)])
+    assert abs(counts.mean()) < 6 * SCALE / math.sqrt(500)
+    assert abs(counts.var() / SCALE**2 - 1) < 6 * math.sqrt(2 / 500)
+
+
+def test_a_model_gone_to_nan_is_released_like_any_other():
+    broken = model()
+    with torch.no_grad():
+        broken[0].weight.fill_(float("nan"))
+    got = noised_accuracy(broken, shard(), mechanism())
+    assert 0 <= got["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("sensitivity", [1, 3])
+@pytest.mark.parametrize("share", [0.5, 0.99, 0.9999])
+def test_less_noise_than_was_charged_for_is_refused(monkeypatch, share, sensitivity):
+    """OpenDP's own map is asked, and the model is not even run."""
+    real = opendp.measurements.make_gaussian
+    monkeypatch.setattr(opendp.measurements, "make_gaussian", lambda *space, scale: real(*space, scale=scale * share))
+
+    def run(features):
+        raise AssertionError("the model was run")
+
+    plain = model()
+    plain.forward = run
+    with pytest.raises(PurserError, match=r"^evaluation: .*less noise than was charged.*nothing was released"):
+        noised_accuracy(plain, shard(), mechanism(sensitivity=sensitivity))
+
+
+def test_a_map_that_answers_nan_is_refused(monkeypatch):
+    class Release:
+        def map(self, sensitivity):
+            return math.nan
+
+    monkeypatch.setattr(opendp.measurements, "make_gaussian", lambda *space, scale: Release())
+    with pytest.raises(PurserError, match="nothing was released"):
+        noised_accuracy(model(), shard(), mechanism())
+
+
+@pytest.mark.parametrize(("scale", "sensitivity"), [(0.1, 1), (5.0, 1), (50.0, 7), (1e5, 1000)])
+def test_what_is_charged_is_what_opendp_claims(scale, sensitivity):
+    """zCDP ρ = Δ²/2σ² is RDP ρα at every order: the books' cost at order 6 is six times OpenDP's ρ, rounded up."""
+    assert 0 <= noised_accuracy(model(), shard(), mechanism(scale, sensitivity))["accuracy"] <= 1
+    rho = sensitivity**2 / (2 * scale**2)
+    assert step_cost(mechanism(scale, sensitivity), 6) / 1e36 == pytest.approx(6 * rho, rel=1e-12)
