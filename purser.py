@@ -106,8 +106,8 @@ def train(
     as_json: Json = False,
 ) -> None:
     """One private run under a lease."""
-    from training.admission import plans_of
     from tuning.config import SweepJob
+    from tuning.plan import planned
 
     screen = Screen(as_json)
     if (job is None) == (resume is None):
@@ -125,8 +125,7 @@ def train(
         if rehearse:
             screen.result(rehearsal(whole.plain, screen))
             return
-    plans = plans_of([whole.plain.charges(), *(corner.charges() for corner in whole.corners())])
-    _finish(screen, run(whole.plain, plans, whole.tuning.trials, screen, resume))
+    _finish(screen, run(whole.plain, planned(whole), whole.tuning.trials, screen, resume))
 
 
 @app.command()
@@ -143,19 +142,15 @@ def tune(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> No
 @budget.command()
 def create(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Make the dataset and its accounts as the job says; prints how the order of each is chosen."""
-    from training import data
-    from training.admission import plans_of
-    from tuning.plan import candidates
+    from training.admission import source_of
+    from tuning.plan import planned
 
     screen = Screen(as_json)
     whole = _job(job, overrides)
     books = _books()
     screen.say(f"Ledger {books.ledger.url}")
-    declared = data.declared(whole.data)
-    source = data.fingerprint(data.read(declared), books.source_key())
-    runs = (*whole.corners(), *candidates(whole))
-    plans, privacy = plans_of([run.charges() for run in runs]), whole.privacy
-    accounts = books.create(whole.dataset([source]), privacy.epsilon, privacy.delta, plans, whole.tuning.trials)
+    dataset, plans, privacy = whole.dataset([source_of(books, whole.plain)]), planned(whole), whole.privacy
+    accounts = books.create(dataset, privacy.epsilon, privacy.delta, plans, whole.tuning.trials)
     for name in whole.accounts:
         rows = orders.order_table(privacy.epsilon, privacy.delta, plans[name], whole.tuning.trials)
         screen.say(display.order_table(name, rows))

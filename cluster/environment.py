@@ -27,13 +27,15 @@ ROOTS = ("purser", "tuning", "training", "cluster")
 
 def home() -> Path:
     """The folder that holds the embedded ledger and the runs: `$PURSER_HOME`, by default `~/.purser`."""
-    folder = Path(os.environ.get(HOME) or "~/.purser").expanduser().absolute()
+    said = os.environ.get(HOME) or "~/.purser"
     try:
+        folder = Path(said).expanduser().absolute()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"{HOME}: {folder} cannot be made ({error.strerror}); set {HOME} to a folder you can write to."
-        ) from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~somebody who is not there
+        why = getattr(error, "strerror", None) or "there is no such user"
+        raise UsageError(f"{HOME}: {said} cannot be made ({why}); set {HOME} to a folder you can write to.") from None
+    if "?" in str(folder):
+        raise UsageError(f"{HOME}: {folder} was given; a '?' begins options in a database URL, choose another name.")
     return folder
 
 
@@ -66,7 +68,10 @@ def run_folder(name: str, *, new: bool = False) -> Path:
         raise UsageError(f"RUN: {name!r} is no run name; use the name that `purser train` or `purser tune` printed.")
     folder = home() / "runs" / name
     if new:
-        folder.mkdir(mode=0o700, parents=True)
+        try:
+            folder.mkdir(mode=0o700, parents=True)
+        except OSError as error:
+            raise UsageError(f"RUN: {folder} cannot be made ({error.strerror}); check the disk and {HOME}.") from None
     elif not folder.is_dir():
         raise UsageError(f"RUN: {name} is not in {folder.parent}; use the name that `purser train` or `tune` printed.")
     return folder
@@ -74,7 +79,9 @@ def run_folder(name: str, *, new: bool = False) -> Path:
 
 def _holder(name: str) -> Path:
     """The lock file of the command called `name`: beside the ledger, which every command on it can see."""
-    folder = Path(ledger_url().removeprefix("sqlite:///")).parent / "holders"
+    import sqlalchemy as sa
+
+    folder = Path(sa.make_url(ledger_url()).database or home()).parent / "holders"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder / name
 
@@ -90,9 +97,13 @@ class Alive:
 
     def __init__(self, name: str) -> None:
         self._file = open(_holder(name), "w")  # noqa: SIM115 (held open on purpose)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        for _ in range(50):  # whoever asks `is_alive` holds the lock for a moment
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.02)
+        else:
             self._file.close()
             raise UsageError(f"RUN: {name} is still running in another process; wait for it to end.") from None
 

@@ -9,9 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from cluster.accounting.books import Account, Books
-from cluster.accounting.costs import affordable_steps, least_noise_multiplier, price
+from cluster.accounting.costs import affordable_steps, least_noise_multiplier
 from cluster.accounting.leases import Shortage
-from cluster.accounting.mechanisms import Charge
+from cluster.accounting.mechanisms import NOISE_MULTIPLIER_BOUNDS, Charge, DiscreteGaussian
 from training import data
 from training.config import Job
 
@@ -25,13 +25,17 @@ def admit(books: Books, job: Job, plans: Mapping[str, Sequence[Charge]], trials:
     Raises:
         UsageError: the source or a declared fact is not the account's.
     """
-    declared = data.declared(job.data)
-    data.image_of(job.model, declared)
-    source = data.fingerprint(data.read(declared), books.source_key())
-    dataset = job.dataset([source])
+    dataset = job.dataset([source_of(books, job)])
     if books.exists(job.account):
         return books.check(dataset, job.privacy.epsilon, job.privacy.delta), False
     return books.create(dataset, job.privacy.epsilon, job.privacy.delta, plans, trials), True
+
+
+def source_of(books: Books, job: Job) -> str:
+    """The HMAC of the job's source, after checking that the source has every column that the job names."""
+    declared = data.declared(job.data)
+    data.image_of(job.model, declared)
+    return data.fingerprint(data.read(declared, job.privacy.unit), books.source_key())
 
 
 def plans_of(charges: Sequence[Sequence[Charge]]) -> dict[str, list[Charge]]:
@@ -47,21 +51,27 @@ def plans_of(charges: Sequence[Sequence[Charge]]) -> dict[str, list[Charge]]:
 
 def what_would_fit(job: Job, accounts: Sequence[Account], shortages: Sequence[Shortage]) -> str:
     """One sentence on what the remaining budget would pay for, for a run that it cannot pay for."""
+    nothing = "Nothing fits any more; the account is at its end."
+    clauses = []
     for shortage in shortages:
         account = next(a for a in accounts if a.account == shortage.account)
         charge = next(c for c in job.charges() if c.account == shortage.account)
-        if charge.account == job.accounts[1]:
-            if account.remaining_cost <= 0:
-                return "Nothing fits any more; the account is at its end."
-            scale = math.sqrt(price(charge, account.order) / account.remaining_cost) * job.evaluation.noise
-            return f"An evaluation with evaluation.noise={math.ceil(scale * 10) / 10:g} or more would fit."
-        steps = affordable_steps(charge, account.order, account.remaining_cost)
-        sigma = least_noise_multiplier(charge, account.order, account.remaining_cost)
+        left = account.remaining_cost
+        if isinstance(charge.mechanism, DiscreteGaussian):
+            # RDP falls with the square of the noise.
+            noise = math.sqrt(account.price(charge) / left) * job.evaluation.noise if left > 0 else math.inf
+            if noise > 0.999 * NOISE_MULTIPLIER_BOUNDS[1]:
+                return nothing
+            clauses.append(f"evaluation.noise={math.ceil(noise * 10) / 10:g} or more")
+            continue
+        sigma = least_noise_multiplier(charge, account.order, left)
+        steps = affordable_steps(charge, account.order, left)
         offers = []
         if sigma is not None:
             offers.append(f"training.noise_multiplier={sigma:g} or more at {charge.steps} steps")
         if steps:
             offers.append(f"training.steps={steps} or fewer at noise_multiplier {job.training.noise_multiplier:g}")
-        if offers:
-            return f"What would fit: {', or '.join(offers)}."
-    return "Nothing fits any more; the account is at its end."
+        if not offers:
+            return nothing
+        clauses.append(", or ".join(offers))
+    return f"What would fit: {'; together with '.join(clauses)}." if clauses else nothing

@@ -7,44 +7,21 @@ declared, none derived from records (P11). `tuning.config` adds the sweep's own 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.accounting.books import PARTITIONS, Dataset
-from cluster.accounting.mechanisms import NOISE_MULTIPLIER_BOUNDS, Charge, DiscreteGaussian
+from cluster.accounting.mechanisms import NOISE_MULTIPLIER_BOUNDS, SAMPLE_RATE_BOUNDS, Charge, DiscreteGaussian
 from cluster.errors import UsageError
+from training import yaml12
 from training.engine.run import DPSGDRun
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML 1.2's scalars: `on` is a word and `1e-4` a number, which YAML 1.1 has the other way round."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\.\d+|\d+\.\d*)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
-    list("-+.0123456789"),
-)
-
-
-def _yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Yaml)  # a SafeLoader
 
 
 class Section(BaseModel):
@@ -56,7 +33,7 @@ class Section(BaseModel):
     @classmethod
     def _no_booleans(cls, values: Any) -> Any:
         for key, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, bool):
+            if any(isinstance(one, bool) for one in (value if isinstance(value, list) else [value])):
                 raise ValueError(f"{key}: {value} was given; no field is true or false, write a number or a word")
         return values
 
@@ -211,6 +188,11 @@ class Job(Section):
                 f"training.expected_batch_size: {self.training.expected_batch_size} was given; the train partition is "
                 f"declared to hold {train_units:.0f} units (privacy.units × (1 − validation_fraction)), choose fewer."
             )
+        if self.training.expected_batch_size / train_units < SAMPLE_RATE_BOUNDS[0]:
+            raise UsageError(
+                f"training.expected_batch_size: {self.training.expected_batch_size} was given; it must be at least "
+                f"{SAMPLE_RATE_BOUNDS[0]:g} of the {train_units:.0f} units that are declared for train."
+            )
         return DPSGDRun(
             noise_multiplier=self.training.noise_multiplier,
             max_grad_norm=self.training.max_grad_norm,
@@ -225,6 +207,12 @@ class Job(Section):
     def charges(self) -> list[Charge]:
         """What one run of this job asks for: its steps on train, one evaluation on validation."""
         train, validation = self.accounts
+        most, least = self.privacy.max_records_per_unit, NOISE_MULTIPLIER_BOUNDS[0]
+        if self.evaluation.noise < least * most:
+            raise UsageError(
+                f"evaluation.noise: {self.evaluation.noise:g} was given; a unit may move the counts by "
+                f"privacy.max_records_per_unit = {most}, so it must be at least {least * most:g}."
+            )
         histogram = DiscreteGaussian(self.evaluation.noise, self.privacy.max_records_per_unit)
         return [self.run().charge(train), Charge(validation, histogram, 1, 1)]
 
@@ -261,26 +249,33 @@ def load(kind: type[J], path: Path, assignments: Sequence[str] = ()) -> J:
         raise UsageError(f"JOB: {path} does not exist; name a job file such as infra/jobs/digits.yaml.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"JOB: {path} cannot be read ({type(error).__name__}); name a YAML text file.") from None
-    try:
-        raw = _yaml(text)
-        values = {}
-        for assignment in assignments:
-            key, equals, value = assignment.partition("=")
-            if not equals:
-                raise UsageError(f"override: {assignment!r} was given; write section.key=value.")
-            values[key] = _yaml(value)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise UsageError(f"JOB: {path} is not YAML{where}; check its indentation and colons.") from None
+    raw = _read_yaml(text, f"JOB: {path}")
+    values = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise UsageError(f"override: {assignment!r} was given; write section.key=value.")
+        values[key] = _read_yaml(value, f"{key}: {value!r}")
     if not isinstance(raw, dict):
         raise UsageError(f"JOB: {path} holds no sections; it needs account, privacy, data and model.")
     job = parse(kind, override(raw, values))
     source = job.data.source
     if ":" not in source:  # a file: relative to the job file, and made absolute once
-        absolute = str((path.parent / Path(source).expanduser()).resolve())
+        try:
+            absolute = str((path.parent / Path(source).expanduser()).resolve())
+        except RuntimeError:
+            raise UsageError(f"data.source: {source} begins with a user who is not there; write the path.") from None
         job = job.model_copy(update={"data": job.data.model_copy(update={"source": absolute})})
     return job
+
+
+def _read_yaml(text: str, what: str) -> Any:
+    try:
+        return yaml12.read(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}: {getattr(error, 'problem', None)}" if mark else ""
+        raise UsageError(f"{what} is not YAML{where}; check its indentation, colons and keys.") from None
 
 
 def parse(kind: type[J], raw: dict[str, Any]) -> J:
@@ -293,7 +288,7 @@ def parse(kind: type[J], raw: dict[str, Any]) -> J:
         job = kind.model_validate(raw)
     except ValidationError as error:
         raise UsageError(_sentence(kind, error)) from None
-    job.run()
+    job.charges()
     return job
 
 
@@ -303,11 +298,7 @@ def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
     field = ".".join(path)
     given = first.get("input")
     if first["type"] == "extra_forbidden":
-        section: Any = kind
-        for part in path[:-1]:
-            section = getattr(section, "model_fields", {}).get(part)
-            section = getattr(section, "annotation", None)
-        allowed = list(getattr(section, "model_fields", {}))
+        allowed = list(_section_at(kind, path[:-1]).model_fields)
         close = difflib.get_close_matches(path[-1], allowed, n=1)
         hint = f"did you mean {close[0]}?" if close else f"allowed here are {', '.join(allowed)}."
         return f"{field}: this key is unknown; {hint}"
@@ -317,5 +308,16 @@ def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
     message = message[0].lower() + message[1:]
     if first["type"] == "value_error":
         inner, colon, rest = message.partition(": ")
-        return f"{field}.{inner}: {rest}." if colon and inner.isidentifier() else f"{field}: {message}."
+        known = bool(colon) and inner.replace(".", "_").isidentifier()
+        return f"{'.'.join([*path, inner])}: {rest}." if known else f"{field}: {message}."
     return f"{field}: {given!r} was given; {message}."
+
+
+def _section_at(kind: Any, path: Sequence[str]) -> Any:
+    """The model class at `path` below `kind`, through optional fields and dictionaries of sections."""
+    for part in path:
+        field = kind.model_fields.get(part)
+        if field is not None:  # else a key of a dictionary, whose values are of the class that is here already
+            inner = get_args(field.annotation) or (field.annotation,)
+            kind = next(one for one in inner if hasattr(one, "model_fields"))
+    return kind

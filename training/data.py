@@ -33,9 +33,9 @@ class Table:
     columns: tuple[Sequence[str], ...]
 
     def rows(self) -> Iterator[bytes]:
-        """Each record as canonical bytes: its cells in the source's column order."""
+        """Each record as canonical bytes: its cells in the source's column order, each after its length."""
         for cells in zip(*self.columns, strict=True):
-            yield "\x1f".join(cells).encode()
+            yield b"".join(b"%d:%s" % (len(cell), cell) for cell in map(str.encode, cells))
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,11 @@ def image_of(model: Model, data: Data) -> tuple[int, int, int] | None:
     return shape
 
 
-def read(data: Data) -> Table:
+def read(data: Data, unit: str = "row") -> Table:
     """Read the source as text.
+
+    Args:
+        unit: the privacy unit, whose column must be there unless it is a row.
 
     Raises:
         UsageError: the file is missing, is no table, or lacks a declared column.
@@ -101,11 +104,14 @@ def read(data: Data) -> Table:
     else:
         path, names = Path(data.source), None
     table = _read_text(path, names)
-    wanted = [*data.features, *([data.label.column] if data.label else [])]
-    for column in wanted:
-        if column not in table.names:
-            field = f"data.features.{column}" if column in data.features else "data.label.column"
-            raise UsageError(f"{field}: the source has no column {column!r}; it has {', '.join(table.names)}.")
+    wanted = {f"data.features.{column}": column for column in data.features}
+    if data.label is not None:
+        wanted["data.label.column"] = data.label.column
+    if unit != "row":
+        wanted["privacy.unit"] = unit
+    for field, column in wanted.items():
+        if column not in table.names:  # those that it has are not said: the first line of a file may be a record
+            raise UsageError(f"{field}: the source has no column {column!r}; check the header line of {path.name}.")
     return table
 
 
@@ -113,29 +119,19 @@ def _read_text(path: Path, names: tuple[str, ...] | None) -> Table:
     import pyarrow as pa
     import pyarrow.csv as pacsv
 
-    bad = ""
+    bad = "two of its columns have one name"
     try:
         with pa.input_stream(str(path), compression="detect") as stream:
-            content = stream.read()
-        delimiter = "\t" if ".tsv" in path.suffixes else ","
-        if names is None:
-            header = pacsv.open_csv(pa.py_buffer(content), parse_options=pacsv.ParseOptions(delimiter=delimiter))
-            names = tuple(header.schema.names)
-            skip = 1
-        else:
-            skip = 0
-        table = pacsv.read_csv(
-            pa.py_buffer(content),
-            read_options=pacsv.ReadOptions(column_names=list(names), skip_rows=skip),
-            parse_options=pacsv.ParseOptions(delimiter=delimiter),
-            convert_options=pacsv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False, null_values=[]
-            ),
-        )
-        if len(set(names)) != len(names):
-            bad = "two columns have one name"
-        else:
-            return Table(names, tuple(column.to_pylist() for column in table.columns))
+            content = pa.py_buffer(stream.read())
+        parse = pacsv.ParseOptions(delimiter="\t" if ".tsv" in path.suffixes else ",")
+        columns = names or tuple(pacsv.open_csv(content, parse_options=parse).schema.names)
+        if len(set(columns)) == len(columns):
+            as_text = pacsv.ConvertOptions(
+                column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=False, null_values=[]
+            )
+            header = pacsv.ReadOptions(column_names=list(names) if names else None)
+            table = pacsv.read_csv(content, read_options=header, parse_options=parse, convert_options=as_text)
+            return Table(columns, tuple(column.to_pylist() for column in table.columns))
     except (pa.ArrowException, OSError, ValueError):
         bad = "it is no table of text with a header line and as many cells in every row"
     # Raised out here, so that the library's own message, which prints cells, is not even chained to it.

@@ -66,7 +66,7 @@ def _train(config: dict[str, Any]) -> None:
     )
     rehearse(trainer, (width,), classes)
 
-    table = data.read(declared)
+    table = data.read(declared, job.privacy.unit)
     if data.fingerprint(table, client.source_key()) not in client.show(train_account).dataset.sources:
         raise UsageError("data.source: its content changed while the run was starting; nothing was charged.")
     shard = _shard(data.load(job, table, key, "train", rank, world))

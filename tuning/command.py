@@ -15,12 +15,12 @@ from cluster.accounting.ledger import Ledger
 from cluster.errors import PurserError, UsageError
 from cluster.screen import Screen
 from training import release
-from training.admission import admit, plans_of, what_would_fit
+from training.admission import admit, what_would_fit
 from training.command import greet
 from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Outcome
 from tuning.config import SweepJob
 from tuning.display import sweep_table
-from tuning.plan import candidates
+from tuning.plan import candidates, planned
 from tuning.search import proposals
 from tuning.trials import Trial, best_of, lease_of, trial_folder
 
@@ -33,11 +33,10 @@ def tune(job: SweepJob, screen: Screen) -> dict[str, Any]:
     """
     if job.tuning.mode == "select":
         raise UsageError("tuning.mode: select was given; this version can plan it but not run it, use filter.")
-    corners = job.corners()
-    charges = [run.charges() for run in (*corners, *candidates(job))]
+    plans = planned(job)
     ledger = Ledger(environment.ledger_url())
     books = Books(ledger)
-    accounts, made = admit(books, job.plain, plans_of(charges), job.tuning.trials)
+    accounts, made = admit(books, job.plain, plans, job.tuning.trials)
     name = environment.new_name(job.account)
     folder = environment.run_folder(name, new=True)
     alive = environment.Alive(name)
@@ -46,7 +45,7 @@ def tune(job: SweepJob, screen: Screen) -> dict[str, Any]:
 
     leases = Leases(books, environment.is_alive)
     leases.expire_dead()
-    if any(leases.fits(run.charges()).fits for run in (*candidates(job), *corners)):
+    if any(leases.fits(run.charges()).fits for run in candidates(job)):
         trials = _run(job, ledger, name, folder, screen)
     else:
         trials = _refuse_all(job, leases, name)

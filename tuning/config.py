@@ -5,6 +5,7 @@ Imports nothing heavy. A space is drawn from public numbers; it may not depend o
 
 from __future__ import annotations
 
+import builtins
 import itertools
 import math
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ class Dimension(Section):
     choice: Annotated[tuple[Any, ...] | None, Field(min_length=1)] = None
     uniform: tuple[float, float] | None = None
     loguniform: tuple[float, float] | None = None
-    int: tuple[int, int] | None = None
+    int: tuple[builtins.int, builtins.int] | None = None
 
     @model_validator(mode="after")
     def _checks(self) -> Dimension:

@@ -71,12 +71,20 @@ def candidates(job: SweepJob) -> list[Job]:
     return job.corners()
 
 
+def planned(job: SweepJob) -> dict[str, list[Charge]]:
+    """account → the charges by which the order of a new account is chosen: the job as it stands, every corner of its
+    space, and the candidates that come first."""
+    return plans_of([run.charges() for run in (job.plain, *job.corners(), *candidates(job))])
+
+
 def make(books: Books, job: SweepJob) -> Plan:
     """Price `job` against its accounts as they stand, or as they would be made."""
     runs = candidates(job)
     charges = [run.charges() for run in runs]
-    plans = plans_of(charges)
+    plans = planned(job)
     exists = books.exists(job.account)
+    if exists:
+        books.check_terms(job.dataset(), job.privacy.epsilon, job.privacy.delta)
     lines = []
     for i, name in enumerate(job.accounts):
         if exists:

@@ -100,6 +100,8 @@ class Books:
         number("privacy.epsilon", epsilon, 1e-3, 100.0)
         number("privacy.delta", delta, 1e-30, 1.0)
         whole("privacy.units", dataset.units, 2, 10**12)
+        whole("privacy.max_records_per_unit", dataset.max_records_per_unit, 1, 1_000_000)
+        number("data.validation_fraction", dataset.validation_fraction, 0.01, 0.9)
         if delta * dataset.units >= 1:
             raise UsageError(
                 f"privacy.delta: {delta:g} was given; it must be below 1/units = {1 / dataset.units:.3g}, "
@@ -144,6 +146,16 @@ class Books:
         Raises:
             UsageError: the first field that differs, with both values; nothing is charged.
         """
+        accounts = self.check_terms(dataset, epsilon, delta)
+        if dataset.sources != accounts[0].dataset.sources:
+            raise UsageError(
+                f"data.source: its content is not what account {dataset.name} was made for; bring the original back, "
+                "or make a new account for new people only."
+            )
+        return accounts
+
+    def check_terms(self, dataset: Dataset, epsilon: float, delta: float) -> list[Account]:
+        """`check` of what is declared, without a look at the sources."""
         accounts = [self.show(account) for account in dataset.accounts()]
         first = accounts[0]
         said = {"privacy.epsilon": (epsilon, first.epsilon), "privacy.delta": (delta, first.delta)}
@@ -156,11 +168,6 @@ class Books:
                     f"{field}: the job says {job}, but account {dataset.name} was made with {account}, which is fixed; "
                     f"write {account} in the job."
                 )
-        if dataset.sources != first.dataset.sources:
-            raise UsageError(
-                f"data.source: its content is not what account {dataset.name} was made for; bring the original back, "
-                "or make a new account for new people only."
-            )
         return accounts
 
     def partition_key(self, dataset: str) -> str:

@@ -9,6 +9,7 @@ an idempotency key, so that a retried call after an uncertain commit changes not
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,11 @@ import sqlalchemy as sa
 
 from cluster.accounting.books import Account, Books
 from cluster.accounting.costs import affordable_steps, block_cost, price
-from cluster.accounting.mechanisms import Charge
+from cluster.accounting.mechanisms import STEPS_BOUNDS, Charge, whole
 from cluster.errors import PurserError, UsageError
 
 CLOSING = ("settle", "release", "expire")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class _State:
     attempts: int
     reserved: int
     settled: bool
+    running: dict[str, Any] | None  # what the newest `open` granted, unless the lease was closed since
     rows: list[dict[str, Any]]
 
 
@@ -109,12 +112,15 @@ class Leases:
         Raises:
             UsageError: two charges on one account, or a lease of this name with other charges.
         """
+        if not isinstance(lease, str) or not NAME.fullmatch(lease):
+            raise UsageError(f"lease: {lease!r} was given; a name is of letters, digits, '.', '_' and '-'.")
         ordered = sorted(charges, key=lambda charge: charge.account)
         if len({charge.account for charge in ordered}) != len(ordered) or not ordered:
             raise UsageError(f"lease {lease}: it needs one charge for each of its accounts.")
         with self.ledger.writing() as connection:
-            if self.ledger.by_key(connection, _key("reserve", lease, ordered[0].account)):
-                held = [self._state(connection, lease, a).charge for a in self._accounts(connection, lease)]
+            taken = self.ledger.accounts_of_lease(connection, lease)
+            if taken:
+                held = [self._state(connection, lease, account).charge for account in taken]
                 if held != ordered:
                     raise UsageError(f"lease {lease}: it is taken, with other charges; use a new name.")
                 return Answer(True)
@@ -157,6 +163,9 @@ class Leases:
         Args:
             nonce: drawn by the caller and held in its memory only: one epoch is never given to two processes.
             done: steps already in the checkpoint that this attempt starts from.
+
+        Raises:
+            UsageError: the lease is settled, or `done` is no number of steps of its plan.
         """
         with self.ledger.writing() as connection:
             accounts = self._accounts(connection, lease)
@@ -166,6 +175,8 @@ class Leases:
                 state = self._state(connection, lease, name)
                 if state.settled:
                     raise UsageError(f"lease {lease}: it is settled; start a new run.")
+                if name.endswith("/train"):
+                    whole("done", done, 0, state.charge.steps)
                 key = _key("open", lease, name, nonce)
                 again = self.ledger.by_key(connection, key)
                 if again:
@@ -205,15 +216,16 @@ class Leases:
             PurserError: the epoch is over (another attempt began, or the lease was closed), or the block is out of
                 turn.
         """
+        whole("block", block, 1, STEPS_BOUNDS[1])
+        whole("epoch", epoch, 0, STEPS_BOUNDS[1])
         with self.ledger.writing() as connection:
             state = self._state(connection, lease, account)
-            if state.settled or epoch != state.epoch or not state.attempts:
+            if state.running is None or epoch != state.running["epoch"]:
                 raise PurserError(
                     f"lease {lease}: this attempt is over (epoch {epoch}, the ledger is at {state.epoch}); "
                     "another attempt began or the lease was closed. Nothing was charged."
                 )
-            opened = [row for row in state.rows if row["kind"] == "open"][-1]
-            granted = json.loads(opened["body"])["steps"]
+            granted = state.running["steps"]
             key = _key("authorise", lease, account, state.attempts, block)
             start, stop = (block - 1) * state.charge.block, min(block * state.charge.block, granted)
             again = self.ledger.by_key(connection, key)
@@ -254,7 +266,8 @@ class Leases:
         """End `lease` and release what is still reserved; returns what it authorised, per account.
 
         `settle` ends it for good. `release` (a run that stopped or failed) and `expire` (a holder that died) end the
-        attempt, so that it can authorise no more; `open` may begin another.
+        attempt, so that it can authorise no more; `open` may begin another. Closing is the act of the lease's holder,
+        who outlives its worker groups; workers never close.
         """
         if kind not in CLOSING:
             raise UsageError(f"lease {lease}: {kind!r} does not close a lease; {', '.join(CLOSING)} do.")
@@ -307,6 +320,7 @@ class Leases:
             raise UsageError(f"lease {lease}: it holds nothing on {account}.")
         bodies = [json.loads(row["body"]) for row in rows]
         first = {key: bodies[0][key] for key in ("account", "mechanism", "steps", "block")}
+        acts = [i for i, row in enumerate(rows) if row["kind"] in ("open", *CLOSING)]
         return _State(
             charge=Charge.from_json(first),
             by=bodies[0]["by"],
@@ -314,6 +328,7 @@ class Leases:
             attempts=sum(row["kind"] == "open" for row in rows),
             reserved=rows[-1]["lease_reserved_after"],
             settled=any(row["kind"] == "settle" for row in rows),
+            running=bodies[acts[-1]] if acts and rows[acts[-1]]["kind"] == "open" else None,
             rows=rows,
         )
 

@@ -6,17 +6,19 @@ updated or deleted; triggers say so to anyone who tries. No rule about budgets m
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
 import os
 import secrets
+import sqlite3
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import insert
 
 from cluster.errors import PurserError, UsageError
 
@@ -80,13 +82,14 @@ class Ledger:
         self.url = url
         try:
             parsed = sa.make_url(url)
-        except sa.exc.ArgumentError:
+        except (sa.exc.ArgumentError, ValueError):
             raise UsageError("PURSER_LEDGER: this is no database URL; use sqlite:////absolute/path.db.") from None
         if parsed.get_backend_name() != "sqlite" or not os.path.isabs(parsed.database or ""):
             raise UsageError(
                 f"PURSER_LEDGER: {parsed.render_as_string()} was given; "
                 "this version keeps its ledger in a SQLite file: use sqlite:////absolute/path.db."
             )
+        self._make_private(str(parsed.database))
         connect = {"timeout": 60, "isolation_level": None}  # we say BEGIN ourselves
         self._engine = sa.create_engine(parsed, connect_args=connect)
         sa.event.listen(self._engine, "connect", _durable)
@@ -102,10 +105,26 @@ class Ledger:
                 f"PURSER_LEDGER: {parsed.database} cannot be opened; check that the folder exists and can be written."
             ) from None
 
+    @staticmethod
+    def _make_private(path: str) -> None:
+        """A new file is the owner's alone from its first moment; SQLite gives the -wal and -shm files its mode."""
+        with contextlib.suppress(OSError):  # one that is there, or cannot be made, is found when it is opened
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+
     def _create(self) -> None:
         with self.writing() as connection:
             _metadata.create_all(connection)
-            for table in ("entries", "secrets"):
+            taken = {
+                "entries": "key = NEW.key OR (account = NEW.account AND seq = NEW.seq)",
+                "secrets": "name = NEW.name",
+            }
+            for table, same in taken.items():
+                # REPLACE deletes what it replaces without firing the trigger on DELETE.
+                connection.exec_driver_sql(
+                    f"CREATE TRIGGER IF NOT EXISTS {table}_no_replace BEFORE INSERT ON {table} "
+                    f"WHEN EXISTS (SELECT 1 FROM {table} WHERE {same}) "
+                    f"BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
+                )
                 for act in ("UPDATE", "DELETE"):
                     connection.exec_driver_sql(
                         f"CREATE TRIGGER IF NOT EXISTS {table}_no_{act.lower()} BEFORE {act} ON {table} "
@@ -115,7 +134,9 @@ class Ledger:
                 self._hide(connection, name, secrets.token_hex(32))
 
     def _hide(self, connection: sa.Connection, name: str, value: str) -> None:
-        connection.execute(insert(hidden).values(name=name, value=value).on_conflict_do_nothing())
+        there = connection.execute(sa.select(hidden.c.name).where(hidden.c.name == name)).first()
+        if there is None:
+            connection.execute(sa.insert(hidden).values(name=name, value=value))
 
     def secret(self, name: str, *, connection: sa.Connection | None = None) -> str:
         """The hidden value called `name`; with a writing `connection` it is made where it is missing."""
@@ -235,9 +256,9 @@ class Ledger:
             "prev_hash": last["hash"] if last else GENESIS,
         }
         row["hash"] = entry_hash(row)
-        done = connection.execute(insert(entries).values(**row).on_conflict_do_nothing(index_elements=["key"]))
-        if done.rowcount != 1:
+        if self.by_key(connection, key):  # under the lock, so that it stays true
             raise PurserError(f"ledger: the key {key} is already used with other content; nothing was changed.")
+        connection.execute(sa.insert(entries).values(**row))
         return row
 
 
@@ -247,7 +268,15 @@ def _one(connection: sa.Connection, query: sa.Select[Any]) -> dict[str, Any] | N
 
 
 def _durable(connection: Any, _record: object) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")
+    # Turning WAL on does not wait for another process that is making the same file.
+    for wait in (*[0.05] * 400, None):
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError:
+            if wait is None:
+                raise
+            time.sleep(wait)
     connection.execute("PRAGMA synchronous=FULL")
 
 

@@ -9,7 +9,6 @@ a description is made or read (P4): libraries fail open on NaN, so nothing unche
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -25,10 +24,9 @@ VERSION = 1
 
 def number(field: str, value: object, low: float, high: float) -> float:
     """`value` as a finite float within [`low`, `high`], or a UsageError that names `field`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    # NaN fails every comparison, so it is refused with what is out of bounds.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise UsageError(f"{field}: {value!r} was given; it must be a finite number from {low:g} to {high:g}.")
-    if not low <= value <= high:
-        raise UsageError(f"{field}: {value!r} was given; it must be from {low:g} to {high:g}.")
     return float(value)
 
 
@@ -85,6 +83,8 @@ def from_json(form: Mapping[str, Any]) -> Mechanism:
     Raises:
         UsageError: unknown kind, version or parameter, or a value out of bounds.
     """
+    if not isinstance(form, Mapping):
+        raise UsageError(f"mechanism: {form!r} was given; it must be a JSON object with kind, version and parameters.")
     kind, version = form.get("kind"), form.get("version")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise UsageError(f"mechanism.kind: {kind!r} is unknown; known are {', '.join(sorted(_KINDS))}.")
@@ -107,6 +107,8 @@ class Charge:
     block: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.account, str) or not self.account:
+            raise UsageError(f"account: {self.account!r} was given; it must be the name of an account.")
         whole("steps", self.steps, *STEPS_BOUNDS)
         whole("block", self.block, *STEPS_BOUNDS)
 
@@ -122,4 +124,7 @@ class Charge:
     @staticmethod
     def from_json(form: Mapping[str, Any]) -> Charge:
         """Read the form back, checking everything again."""
+        wanted = {"account", "mechanism", "steps", "block"}
+        if not isinstance(form, Mapping) or set(form) != wanted:
+            raise UsageError(f"charge: it must hold exactly {', '.join(sorted(wanted))}.")
         return Charge(form["account"], from_json(form["mechanism"]), form["steps"], form["block"])

@@ -1,5 +1,5 @@
-"""An evaluation is one noised histogram (P13): the noise is the discrete Gaussian that was charged (P12, P14), nothing about
-the records but the two noised counts comes out, and too little noise is refused before anything is counted."""
+"""An evaluation is one noised histogram (P13): the noise is the discrete Gaussian that was charged (P12, P14), nothing
+about the records but the two noised counts comes out, and too little noise is refused before anything is counted."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Clip, sum, noise, reduce, step: Opacus's DPOptimizer with the parts replaced that its hazards call for.
 
-Per-unit gradients of a micro-batch are clipped and added to one fp32 buffer; a logical step ends in one all-reduce of
-that buffer, to which rank 0 has added noise. The buffer and everything before the noise are private (P13): nothing
-here may return, print or store them.
+Per-unit gradients of a micro-batch are clipped in fp32 and added to one fp64 buffer: in fp32, one unit more may move a
+sum of a million units by 2 % more than C. A logical step ends in one all-reduce of that buffer, to which rank 0 has
+added noise. The buffer and everything before the noise are private (P13): nothing here may return, print or store them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PrivateOptimizer(DPOptimizer):
             loss_reduction="sum",
         )
         self._size = sum(p.numel() for p in self.params)
-        self._sum = torch.zeros(self._size, dtype=torch.float32, device=self.params[0].device)
+        self._sum = torch.zeros(self._size, dtype=torch.float64, device=self.params[0].device)
         self._keys = Keystream()
         self._grid = 2.0 ** (math.floor(math.log2(run.noise_std)) - GRID_BITS)
 
@@ -94,12 +94,13 @@ class PrivateOptimizer(DPOptimizer):
             p.grad_sample = None
             p.grad = None
         gradients = torch.cat(per_unit, dim=1)
-        norms = gradients.double().norm(dim=1)
-        # An Inf or NaN would poison the sum and single its unit out: the whole contribution counts as zero.
-        finite = torch.isfinite(norms)
-        factors = torch.where(finite, (self._run.max_grad_norm / norms.clamp(min=1e-300)).clamp(max=1.0), 0.0)
-        gradients.masked_fill_(~finite[:, None], 0.0)
-        self._sum += factors.float() @ gradients
+        norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
+        # An Inf or NaN would poison the sum and single its unit out: the whole contribution counts as zero. So does one
+        # so large that its clipping factor would be a subnormal fp32 number, which keeps too few bits for the bound.
+        usable = torch.isfinite(norms) & (norms < self._run.max_grad_norm * 2.0**120)
+        factors = torch.where(usable, (self._run.max_grad_norm / norms.clamp(min=1e-300)).clamp(max=1.0), 0.0)
+        gradients.masked_fill_(~usable[:, None], 0.0)
+        self._sum += (factors.float() @ gradients).double()
 
     def contribution(self) -> torch.Tensor:
         """Hand over and clear the un-noised sum: for the rehearsal on synthetic inputs only. Shape [parameters]."""
@@ -111,7 +112,7 @@ class PrivateOptimizer(DPOptimizer):
         distributed = dist.is_available() and dist.is_initialized()
         if not distributed or dist.get_rank() == 0:
             noise = torch.from_numpy(self._keys.normal(self._size) * self._run.noise_std)
-            self._sum = (self._sum.double() + noise.to(self._sum.device)).float()
+            self._sum += noise.to(self._sum.device)
         if distributed:
             dist.all_reduce(self._sum)
         self._sum = (self._sum / self._grid).round_() * self._grid

@@ -11,6 +11,7 @@ import os
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
+_KEY_LIFE = 1 << 37  # bytes drawn under one key, half of what its counter allows; then a fresh one is taken
 _CHUNK = 1 << 20  # numbers made at a time: bounds the memory that noise for a large model takes
 
 
@@ -23,12 +24,17 @@ class Keystream:
 
     def _rekey(self) -> None:
         self._owner = os.getpid()
-        self._encryptor = Cipher(algorithms.ChaCha20(os.urandom(32), os.urandom(16)), mode=None).encryptor()
+        # The first four bytes of this nonce are the 32-bit block counter: from 0, so that the stream is at its longest.
+        nonce = bytes(4) + os.urandom(12)
+        self._encryptor = Cipher(algorithms.ChaCha20(os.urandom(32), nonce), mode=None).encryptor()
+        self._left = _KEY_LIFE
 
     def integers(self, count: int) -> np.ndarray:
         """`count` independent uniform integers. Shape [count], dtype uint64."""
-        if self._owner != os.getpid():
+        self._left -= 8 * count
+        if self._owner != os.getpid() or self._left < 0:
             self._rekey()
+            self._left -= 8 * count
         return np.frombuffer(self._encryptor.update(bytes(8 * count)), dtype="<u8")
 
     def bernoulli(self, count: int, rate: float) -> np.ndarray:

@@ -15,6 +15,7 @@ from training.engine.trainer import PrivateTrainer
 
 # What fp32 may add to a contribution's norm; far inside the margin that the noise carries (run.SIGMA_MARGIN).
 TOLERANCE = 1e-5
+COMPANIONS = 2.0**-13  # the same for what a unit's companions may change, over max_grad_norm
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def rehearse(trainer: PrivateTrainer, shape: tuple[int, ...], classes: int) -> R
             f"rehearsal: one synthetic unit contributed {largest:.4g} × max_grad_norm; clipping does not hold for "
             "this model, nothing was charged."
         )
-    if not companions <= units * 1e-3:
+    if not companions <= units * COMPANIONS:
         raise PurserError(
             "rehearsal: a synthetic unit's contribution changed with its companions; nothing was charged."
         )

@@ -45,6 +45,14 @@ def check_model(model: nn.Module) -> None:
         if type(module) not in HOOKED + STATELESS:
             allowed = ", ".join(kind.__name__ for kind in HOOKED + STATELESS)
             raise UsageError(f"{at} is not on the list of layers whose privacy was checked; allowed are {allowed}.")
+        if isinstance(module, nn.Embedding) and (
+            module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+        ):
+            raise UsageError(
+                f"{at} uses max_norm, scale_grad_by_freq or sparse, which touch other records; turn it off."
+            )
+        if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+            raise UsageError(f"{at} pads with {module.padding_mode}, for which Opacus has no gradient; use zeros.")
         if type(module) in STATELESS and next(module.parameters(recurse=False), None) is not None:
             raise UsageError(f"{at} holds a parameter of its own, which no hook would see; move it into a layer.")
     owners: dict[int, str] = {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sqlite3
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -72,6 +74,9 @@ class Desk:
         with self.ledger.reading() as connection:
             return verify(account, self.ledger.of_account(connection, account), head)
 
+    def all_valid(self) -> bool:
+        return all(self.verdict(account).valid for account in (TRAIN, VALIDATION))
+
 
 def url(file: Path) -> str:
     return f"sqlite:///{file}"
@@ -84,11 +89,20 @@ def desk_at(file: Path, is_alive: Callable[[str], bool] | None = None) -> Desk:
     return Desk(ledger, books, Leases(books, is_alive))
 
 
+@functools.cache
+def _made_once() -> bytes:
+    """The file of a new ledger with the accounts of `digits`: choosing their orders takes longer than most tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        desk = desk_at(Path(folder) / "ledger.db")
+        desk.books.create(digits(), EPSILON, DELTA, plans(digits()), 8)
+        desk.ledger._engine.dispose()  # the last connection to close moves the write-ahead log into the file
+        return (Path(folder) / "ledger.db").read_bytes()
+
+
 def desk_with_digits(file: Path, is_alive: Callable[[str], bool] | None = None) -> Desk:
     """A new ledger in `file` that holds the accounts of `digits`."""
-    desk = desk_at(file, is_alive)
-    desk.books.create(digits(), EPSILON, DELTA, plans(digits()), 8)
-    return desk
+    file.write_bytes(_made_once())
+    return desk_at(file, is_alive)
 
 
 def run_attempt(desk: Desk, lease: str, nonce: str, blocks: int, done: int = 0) -> int:
@@ -97,6 +111,14 @@ def run_attempt(desk: Desk, lease: str, nonce: str, blocks: int, done: int = 0) 
     for block in range(1, blocks + 1):
         assert desk.leases.authorise(lease, epoch, TRAIN, block)
     return epoch
+
+
+def fill(desk: Desk, leaving: int = 0) -> int:
+    """Reserve whole runs until fewer than one, plus `leaving`, fit; returns how many it reserved."""
+    count = desk.account().remaining_cost // desk.account().price(training()) - leaving
+    for number in range(count):
+        assert desk.leases.reserve(f"filler-{number}", "other", [training()]).fits
+    return count
 
 
 def copy_database(source: Path, target: Path) -> None:

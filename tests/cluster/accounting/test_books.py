@@ -165,7 +165,6 @@ def test_bad_units_are_refused_by_name(file, value):
     assert desk.books.names() == []
 
 
-@pytest.mark.xfail(strict=True, reason="Books.create() checks neither max_records_per_unit nor validation_fraction")
 @pytest.mark.parametrize(
     ("field", "value"),
     [

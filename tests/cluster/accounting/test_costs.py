@@ -241,16 +241,25 @@ def test_epsilon_of_rises_with_the_cost_and_nothing_is_nothing():
     assert said == sorted(set(said))
 
 
-@pytest.mark.parametrize("delta", [math.nan, math.inf, -1e-4])
-def test_budget_of_an_impossible_delta_fails_closed(delta):
-    with pytest.raises((ArithmeticError, ValueError)):
-        budget_cost(3.0, delta, 6)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e-4, 0.0, True, "1e-4", None])
+def test_an_impossible_delta_fails_closed(value):
+    """max(0.0, nan) is 0.0: a NaN that got through would read as nothing spent."""
+    with pytest.raises(UsageError, match="delta"):
+        budget_cost(3.0, value, 6)
+    with pytest.raises(UsageError, match="delta"):
+        epsilon_of(UNIT, value, 6)
 
 
-@pytest.mark.xfail(strict=True, reason="epsilon_of(): max(0.0, nan) is 0.0, so a NaN delta reads as nothing spent")
-def test_epsilon_of_a_nan_delta_fails_closed():
-    with pytest.raises((ArithmeticError, ValueError, UsageError)):
-        epsilon_of(UNIT, math.nan, 6)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, True, "3", None])
+def test_an_impossible_epsilon_fails_closed(value):
+    with pytest.raises(UsageError, match="epsilon"):
+        budget_cost(value, 1e-4, 6)
+
+
+@pytest.mark.parametrize("value", [0, 1, 1025, 6.0, True, math.nan])
+def test_an_order_out_of_bounds_fails_closed(value):
+    with pytest.raises(UsageError, match="order"):
+        budget_cost(3.0, 1e-4, value)
 
 
 @pytest.mark.parametrize("field", ["sample_rate", "noise_multiplier"])

@@ -20,6 +20,7 @@ from bookkeeping import TRAIN, VALIDATION, desk_at, desk_with_digits, evaluation
 from cluster.accounting.costs import block_cost, price
 from cluster.accounting.ledger import Ledger
 from cluster.environment import HOME, LEDGER, is_alive
+from cluster.errors import PurserError
 
 PROCESSES = 8
 RUN = price(training(), 6)
@@ -37,13 +38,24 @@ def reserve_open_and_pay(file, name, barrier, answers):
     answers.put((name, answer.fits))
 
 
-def race(file):
-    """Run `reserve_open_and_pay` in eight fresh processes that start together; returns what each put into the queue."""
+def open_for_the_first_time(folder, name, barrier, answers):
+    """Five ledgers that nobody has made yet, each opened by all processes at once."""
+    identities = []
+    for number in range(5):
+        barrier.wait(60)
+        try:
+            identities.append(Ledger(f"sqlite:///{folder}/{number}.db").identity)
+        except PurserError as error:
+            identities.append(f"{name}: {error}")
+    answers.put(tuple(identities))
+
+
+def race(target, place):
+    """Run `target` in eight fresh processes that start together; returns what each put into the queue."""
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(PROCESSES), context.Queue()
     processes = [
-        context.Process(target=reserve_open_and_pay, args=(file, f"racer-{number}", barrier, answers))
-        for number in range(PROCESSES)
+        context.Process(target=target, args=(place, f"racer-{number}", barrier, answers)) for number in range(PROCESSES)
     ]
     for process in processes:
         process.start()
@@ -61,7 +73,7 @@ def test_exactly_the_affordable_number_of_processes_wins(tmp_path):
     room = 3
     while desk.account().remaining_cost // RUN > room:
         assert desk.leases.reserve(f"earlier-{desk.account().head['seq']}", "other", [training()]).fits
-    outcomes = race(file)
+    outcomes = race(reserve_open_and_pay, file)
     winners = {name for name, fits in outcomes if fits}
     assert len(outcomes) == PROCESSES
     assert len(winners) == room
@@ -77,7 +89,12 @@ def test_exactly_the_affordable_number_of_processes_wins(tmp_path):
     assert len(refused) == PROCESSES - room
 
 
-@pytest.mark.xfail(strict=True, reason="PRAGMA journal_mode=WAL on a new file does not wait for a lock: SQLITE_BUSY")
+def test_eight_processes_make_one_ledger(tmp_path):
+    outcomes = race(open_for_the_first_time, tmp_path)
+    assert len(outcomes) == PROCESSES
+    assert len(set(outcomes)) == 1
+
+
 def test_opening_a_new_ledger_waits_for_whoever_is_making_it(tmp_path):
     """Two first commands at once: one holds the new file's write lock while the other opens it."""
     file = tmp_path / "ledger.db"

@@ -163,7 +163,7 @@ class Counted:
 
 
 def rank_main(rank: int, folder: str) -> None:
-    """One of three ranks: groups of three, two and one, and what each saw in `folder`/rank.pt for the parent to judge."""
+    """One of three ranks: groups of three, two and one; what it saw goes to `folder`/rank.pt, for the parent."""
     seen: dict[str, Any] = {}
     for world in (3, 2, 1):
         if rank < world:
@@ -175,8 +175,9 @@ def rank_main(rank: int, folder: str) -> None:
                 timeout=datetime.timedelta(seconds=60),
             )
             seen[f"parameters{world}"] = {kind: _trained_as_rank(kind, rank, world) for kind in KINDS}
+            seen[f"noise{world}"] = _noise_as_rank()
             if world == 3:
-                seen |= _noise_as_rank() | _sampling_as_rank(rank) | _collectives_as_rank(rank)
+                seen |= _sampling_as_rank() | _collectives_as_rank(rank)
             dist.destroy_process_group()
     torch.save(seen, Path(folder) / f"{rank}.pt")
 
@@ -192,7 +193,7 @@ def _trained_as_rank(kind: str, rank: int, world: int) -> torch.Tensor:
         return trained(model_of(kind, seed=rank), mine, plan(max_grad_norm=CLIP[kind], physical_batch_size=4))
 
 
-def _noise_as_rank() -> dict[str, Any]:
+def _noise_as_rank() -> torch.Tensor:
     """No rank holds a unit, so that a step is noise alone."""
     model = nn.Sequential(nn.Linear(*WIDE))
     run = plan(noise_multiplier=2.0, expected_batch_size=4, steps=1, block=1)
@@ -200,10 +201,10 @@ def _noise_as_rank() -> dict[str, Any]:
     trainer = PrivateTrainer(model, Optimizer(learning_rate=1.0), run)
     before = flat(model)
     trainer.steps(empty, PoissonSampler(run, 0), 1)
-    return {"noise": flat(model) - before}
+    return flat(model) - before
 
 
-def _sampling_as_rank(rank: int) -> dict[str, Any]:
+def _sampling_as_rank() -> dict[str, Any]:
     """Every rank sets the same seeds first, as people do."""
     torch.manual_seed(42)
     np.random.seed(42)

@@ -160,7 +160,9 @@ def test_momentum_and_adam_get_the_noise_too():
     run = plan(noise_multiplier=3.0)
     first, second = noise_steps(trainer_of(run, Optimizer(learning_rate=1.0, momentum=0.9)), 2)
     assert correlated(first, second)
-    assert second.var() / first.var() == pytest.approx(1.81, rel=0.1)  # 1 + 0.9²; the margin is over ten standard errors
+    assert second.var() / first.var() == pytest.approx(
+        1.81, rel=0.1
+    )  # 1 + 0.9²; the margin is over ten standard errors
     adam = noise_steps(trainer_of(run, Optimizer(name="adam", learning_rate=0.1)), 1)[0]
     assert np.allclose(np.abs(adam), 0.1, atol=1e-3)  # Adam's first step is the sign of what it saw
     assert abs(np.sign(adam).mean()) < SIX / math.sqrt(len(adam))
@@ -194,6 +196,17 @@ def test_every_key_comes_from_the_operating_system(monkeypatch):
     stream.bernoulli(100, 0.5)
     assert torch.equal(states[0], torch.random.get_rng_state())
     assert (states[1] == np.random.get_state()[1]).all()
+
+
+def test_a_key_that_has_served_its_life_is_replaced(monkeypatch):
+    """Before its counter ends; and what follows is not what was before."""
+    monkeypatch.setattr(randomness, "_KEY_LIFE", 64)
+    stream = Keystream()
+    given, real = [], os.urandom
+    monkeypatch.setattr(os, "urandom", lambda count: given.append(count) or real(count))
+    drawn = np.concatenate([stream.integers(4) for _ in range(8)])
+    assert given.count(32) == 3  # 64 bytes are two of the eight draws
+    assert len(set(drawn.tolist())) == 32
 
 
 def test_integers_are_uniform_in_every_bit():
@@ -279,7 +292,7 @@ def test_a_resumed_run_does_not_replay_noise():
 
 
 def test_a_resumed_run_goes_on_where_it_was():
-    """Weights, momentum and the schedule's place are in the checkpoint: with the noise off, two halves are the whole."""
+    """Weights, momentum and the schedule's place are in the checkpoint: noise-free, two halves are the whole."""
     choice = Optimizer(learning_rate=0.3, momentum=0.9, schedule="linear")
     run = plan(steps=4, block=2)
     shard = shard_of()
@@ -299,11 +312,6 @@ def test_a_resumed_run_goes_on_where_it_was():
     assert torch.equal(flat(after.model), flat(unbroken.model))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the keystream starts at a random block number, and cryptography stops with a ValueError when the 32-bit "
-    "counter overflows: a run that draws N bytes dies with probability N/256 GiB, and surely beyond that",
-)
 def test_a_keystream_does_not_run_out(monkeypatch):
     """The counter's part of the nonce as the operating system may well give it: all ones, 64 bytes before the end."""
     monkeypatch.setattr(randomness.os, "urandom", lambda count: b"\xff" * count)

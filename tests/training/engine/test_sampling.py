@@ -1,5 +1,6 @@
-"""Sampling is Poisson at the declared rate: each unit a coin of its own at each step, by 64-bit integers (P7). Micro-batches
-hold whole units, each that joined once, and never more records than fit (section 5 of the design).
+"""Sampling is Poisson at the declared rate: each unit a coin of its own at each step, by 64-bit integers (P7).
+
+Micro-batches hold whole units, each that joined once, and never more records than fit (section 5 of the design).
 
 Statistical checks: a false-alarm rate of 2e-9 each unless said otherwise, fewer than fifty of them.
 """
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cluster.errors import UsageError
+from cluster.errors import PurserError, UsageError
 from training.engine.randomness import Keystream
 from training.engine.sampling import PoissonSampler, Shard, micro_batches
 
@@ -143,7 +144,9 @@ def test_micro_batches_hold_each_joined_unit_whole_and_once(data):
     records = int(sizes.sum())
     # Features name their record, labels its unit: so that what arrives can be traced back.
     owner = np.repeat(np.arange(len(sizes)), sizes)
-    shard = Shard(torch.arange(records).float()[:, None], torch.from_numpy(owner), np.concatenate([[0], sizes.cumsum()]))
+    shard = Shard(
+        torch.arange(records).float()[:, None], torch.from_numpy(owner), np.concatenate([[0], sizes.cumsum()])
+    )
     batches = list(micro_batches(shard, joined, physical))
     seen = []
     for batch in batches:
@@ -166,5 +169,5 @@ def test_a_unit_that_does_not_fit_is_never_cut():
     with pytest.raises(UsageError, match=r"training\.physical_batch_size.*privacy\.max_records_per_unit"):
         plan(physical_batch_size=2, max_records_per_unit=3)
     shard = Shard(torch.zeros(3, 1), torch.zeros(3, dtype=torch.long), np.array([0, 3]))
-    with pytest.raises(ValueError, match="at least one array"):
+    with pytest.raises(PurserError, match=r"training\.physical_batch_size"):
         list(micro_batches(shard, np.array([0]), 2))
