@@ -53,7 +53,7 @@ class Purser:
         return Ended(ended.returncode, ended.stdout, ended.stderr)
 
 
-@pytest.fixture()
+@pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
     """A `$PURSER_HOME` that nothing else uses."""
     folder = tmp_path / "home"
@@ -62,7 +62,7 @@ def home(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def purser(tmp_path) -> Purser:
     """The command, with books of its own."""
     folder = tmp_path / "user"

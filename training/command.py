@@ -104,6 +104,8 @@ def refused(leases: Leases, job: Job, lease: str, accounts: Sequence[Account]) -
     if answer.fits:
         return ""
     answer = leases.reserve(lease, lease, job.charges())
+    if answer.fits:  # room appeared just now, and the run holds it
+        return ""
     now = [leases.books.show(account.account) for account in accounts]
     return f"{explain(answer.shortages, now)}; nothing was spent. {what_would_fit(job, now, answer.shortages)}"
 

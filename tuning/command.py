@@ -102,9 +102,10 @@ def _why(trials: list[Trial], leases: Leases, accounts: list[Account]) -> str:
         return f"{len(failed)} trials failed, the first because {failed[0].outcome.why}." if failed else ""
     cheapest = min(refused, key=lambda trial: accounts[0].price(trial.job.charges()[0]))
     shortages = leases.fits(cheapest.job.charges()).shortages
-    asked = f": of the cheapest, {explain(shortages, accounts)}" if shortages else ""
+    asked = f": for the cheapest of them, {explain(shortages, accounts)}" if shortages else ""
     offer = f" {what_would_fit(cheapest.job, accounts, shortages)}" if shortages else ""
-    return f"{len(refused)} trials could not be paid for{asked}; nothing was spent on them.{offer}"
+    count = "1 trial" if len(refused) == 1 else f"{len(refused)} trials"
+    return f"{count} could not be paid for{asked}; nothing was spent on what was refused.{offer}"
 
 
 def _result(job: SweepJob, name: str, trials: list[Trial], best: Trial | None) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from rich import box
+from rich.table import Column, Table
 
 from tuning.plan import Plan
 
@@ -47,9 +48,16 @@ def plan_table(plan: Plan) -> Table:
 def sweep_table(trials: Sequence[Trial], best: Trial | None, budget_cost: int) -> Table:
     """Every trial: its values, how it ended, what it was charged, its noised accuracy."""
     names = list(dict.fromkeys(name for trial in trials for name in trial.values))
-    table = Table(
-        "trial", *(name.rpartition(".")[2] for name in names), "status", "steps", "cost", "accuracy", title="The sweep"
-    )
+    # Narrow heads over values that are never broken, so that a terminal of 80 columns shows all of it.
+    heads = [
+        "trial",
+        *(name.rpartition(".")[2].replace("_", "\n") for name in names),
+        "status",
+        "steps",
+        "cost",
+        "accuracy",
+    ]
+    table = Table(*(Column(head, no_wrap=True) for head in heads), title="The sweep", box=box.SIMPLE_HEAD)
     for trial in trials:
         metrics = trial.outcome.metrics
         steps = trial.charges.steps if trial.charges else 0

@@ -113,7 +113,7 @@ def budget_cost(epsilon: float, delta: float, order: int) -> int:
     ε = rdp + log(1−1/α) − (log δ + log α)/(α−1) (Canonne, Kamath and Steinke 2020, proposition 12). `epsilon` and
     `delta` are the decimal numbers that were written, not their binary neighbours.
     """
-    number("epsilon", epsilon, 0.0, 1e6)
+    epsilon = number("epsilon", epsilon, 0.0, 1e6)
     with localcontext(_HIGH):
         budget = Decimal(repr(epsilon)) - _conversion(delta, order) - _GUARD
         return int((budget * UNIT).to_integral_value(ROUND_FLOOR))
@@ -129,7 +129,7 @@ def epsilon_of(cost: int, delta: float, order: int) -> float:
 
 
 def _conversion(delta: float, order: int) -> Decimal:
-    number("delta", delta, 5e-324, 1.0)
+    delta = number("delta", delta, 5e-324, 1.0)
     whole("order", order, *ORDERS)
     alpha = Decimal(order)
     return (1 - 1 / alpha).ln() - (Decimal(repr(delta)).ln() + alpha.ln()) / (alpha - 1)

@@ -272,24 +272,27 @@ class Leases:
         if kind not in CLOSING:
             raise UsageError(f"lease {lease}: {kind!r} does not close a lease; {', '.join(CLOSING)} do.")
         with self.ledger.writing() as connection:
-            spent = {}
-            for account in self._accounts(connection, lease):
-                state = self._state(connection, lease, account)
-                spent[account] = sum(row["cost"] for row in state.rows if row["kind"] == "authorise")
-                if state.settled or (kind != "settle" and state.rows[-1]["kind"] in CLOSING):
-                    continue
-                self.ledger.append(
-                    connection,
-                    account=account,
-                    kind=kind,
-                    key=_key(kind, lease, account, state.epoch + 1),
-                    lease=lease,
-                    cost=state.reserved,
-                    reserved=-state.reserved,
-                    lease_reserved=0,
-                    body={"by": state.by, "epoch": state.epoch + 1, "status": status},
-                )
-            return spent
+            return self._close(connection, lease, kind, status)
+
+    def _close(self, connection: sa.Connection, lease: str, kind: str, status: str) -> dict[str, int]:
+        spent = {}
+        for account in self._accounts(connection, lease):
+            state = self._state(connection, lease, account)
+            spent[account] = sum(row["cost"] for row in state.rows if row["kind"] == "authorise")
+            if state.settled or (kind != "settle" and state.rows[-1]["kind"] in CLOSING):
+                continue
+            self.ledger.append(
+                connection,
+                account=account,
+                kind=kind,
+                key=_key(kind, lease, account, state.epoch + 1),
+                lease=lease,
+                cost=state.reserved,
+                reserved=-state.reserved,
+                lease_reserved=0,
+                body={"by": state.by, "epoch": state.epoch + 1, "status": status},
+            )
+        return spent
 
     def settled(self, lease: str) -> bool:
         """Whether `lease` was ended for good."""
@@ -302,11 +305,18 @@ class Leases:
         if self._is_alive is None:
             return []
         with self.ledger.reading() as connection:
-            holders = self.ledger.holders(connection)
-        dead = [lease for lease, body in holders.items() if not self._is_alive(json.loads(body)["by"])]
-        for lease in dead:
-            self.close(lease, "expire", "its holder died")
-        return dead
+            if not self._dead(connection):
+                return []
+        with self.ledger.writing() as connection:  # asked again under the lock: a run may have been resumed in between
+            dead = self._dead(connection)
+            for lease in dead:
+                self._close(connection, lease, "expire", "its holder died")
+            return dead
+
+    def _dead(self, connection: sa.Connection) -> list[str]:
+        assert self._is_alive is not None
+        holders = self.ledger.holders(connection)
+        return [lease for lease, body in holders.items() if not self._is_alive(json.loads(body)["by"])]
 
     def _accounts(self, connection: sa.Connection, lease: str) -> list[str]:
         accounts = self.ledger.accounts_of_lease(connection, lease)

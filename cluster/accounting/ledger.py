@@ -55,6 +55,7 @@ hidden = sa.Table(
 )
 
 GENESIS = "0" * 64
+PATIENCE = 60  # seconds that a writer waits for another
 HASHED = tuple(column.name for column in entries.columns if column.name != "hash")
 
 
@@ -90,7 +91,7 @@ class Ledger:
                 "this version keeps its ledger in a SQLite file: use sqlite:////absolute/path.db."
             )
         self._make_private(str(parsed.database))
-        connect = {"timeout": 60, "isolation_level": None}  # we say BEGIN ourselves
+        connect = {"timeout": PATIENCE, "isolation_level": None}  # we say BEGIN ourselves
         self._engine = sa.create_engine(parsed, connect_args=connect)
         sa.event.listen(self._engine, "connect", _durable)
         sa.event.listen(self._engine, "begin", _begin)
@@ -268,15 +269,19 @@ def _one(connection: sa.Connection, query: sa.Select[Any]) -> dict[str, Any] | N
 
 
 def _durable(connection: Any, _record: object) -> None:
-    # Turning WAL on does not wait for another process that is making the same file.
-    for wait in (*[0.05] * 400, None):
+    # What is not UTF-8 was put there by somebody else: let `verify` find that it does not hash, not the driver.
+    connection.text_factory = lambda content: content.decode("utf-8", "replace")
+    deadline = time.monotonic() + PATIENCE
+    connection.execute("PRAGMA busy_timeout=100")
+    while True:  # turning WAL on does not always wait for another process that is making the same file
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             break
-        except sqlite3.OperationalError:
-            if wait is None:
+        except sqlite3.OperationalError as error:
+            if not error.sqlite_errorname.startswith("SQLITE_BUSY") or time.monotonic() > deadline:
                 raise
-            time.sleep(wait)
+            time.sleep(0.05)
+    connection.execute(f"PRAGMA busy_timeout={1000 * PATIENCE}")
     connection.execute("PRAGMA synchronous=FULL")
 
 

@@ -20,7 +20,7 @@ STEPS = Charge("d/train", PoissonSubsampledGaussian(0.25, 8.0), 40, 10)
 HISTOGRAM = Charge("d/validation", DiscreteGaussian(5.0, 1), 1, 1)
 
 
-@pytest.fixture()
+@pytest.fixture
 def ledger(home, ray_session):
     """A ledger with one dataset; its accountant is gone after the test."""
     home.mkdir()

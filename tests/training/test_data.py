@@ -58,7 +58,7 @@ def placed(job, table, world=2, key=KEY):
 
 
 def ids(encoded):
-    return np.rint(encoded.features[:, 0] * 1000).astype(int).tolist()
+    return np.rint((encoded.features[:, 0] + 0.5) * 1000).astype(int).tolist()
 
 
 def where(job, table, **options):
@@ -213,22 +213,22 @@ def encoded(cells, feature, labels=None):
 @pytest.mark.parametrize(
     ("cell", "number"),
     [
-        ("10", 0.0),
-        ("20", 0.5),
-        (" 25 ", 0.75),
-        ("1e1", 0.0),
-        ("-5", 0.0),
-        ("31", 1.0),
-        ("1e999", 1.0),
-        ("inf", 1.0),
-        ("-Infinity", 0.0),
-        ("", 0.5),
-        ("nan", 0.5),
-        ("NaN", 0.5),
-        ("?", 0.5),
-        (SECRET, 0.5),
-        ("12,5", 0.5),
-        ("0x10", 0.5),
+        ("10", -0.5),
+        ("20", 0.0),
+        (" 25 ", 0.25),
+        ("1e1", -0.5),
+        ("-5", -0.5),
+        ("31", 0.5),
+        ("1e999", 0.5),
+        ("inf", 0.5),
+        ("-Infinity", -0.5),
+        ("", 0.0),
+        ("nan", 0.0),
+        ("NaN", 0.0),
+        ("?", 0.0),
+        (SECRET, 0.0),
+        ("12,5", 0.0),
+        ("0x10", 0.0),
     ],
 )
 def test_numbers_are_clipped_to_the_declared_range(cell, number):
@@ -479,8 +479,8 @@ def test_digits_come_with_their_declarations(digits):
     assert sum(len(part.labels) for part in parts) == 1797
     assert {part.features.shape[1] for part in parts} == {64}
     for part in parts:
-        assert part.features.min() >= 0
-        assert part.features.max() <= 1
+        assert part.features.min() >= -0.5
+        assert part.features.max() <= 0.5
         assert set(part.labels.tolist()) == set(range(10))
         assert (np.diff(part.offsets) == 1).all()
     validation = sum(len(e.labels) for (partition, _), e in placed(job, table).items() if partition == "validation")
@@ -499,7 +499,7 @@ def test_digits_are_the_real_ones(digits):
         for features, label in zip(part.features, part.labels, strict=True)
     )
     theirs = Counter(
-        (tuple((pixels / 16).astype(np.float32).round(4)), int(label))
+        (tuple((pixels / 16 - 0.5).astype(np.float32).round(4)), int(label))
         for pixels, label in zip(real.data, real.target, strict=True)
     )
     assert mine == theirs

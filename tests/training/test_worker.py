@@ -105,7 +105,7 @@ class Desk:
         return self.books.authorised_steps(TRAIN, "run")
 
 
-@pytest.fixture()
+@pytest.fixture
 def desk(home, monkeypatch):
     home.mkdir()
     made = Desk(home, monkeypatch)
