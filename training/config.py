@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -263,8 +263,8 @@ def load(kind: type[J], path: Path, assignments: Sequence[str] = ()) -> J:
     if ":" not in source:  # a file: relative to the job file, and made absolute once
         try:
             absolute = str((path.parent / Path(source).expanduser()).resolve())
-        except RuntimeError:
-            raise UsageError(f"data.source: {source} begins with a user who is not there; write the path.") from None
+        except (RuntimeError, ValueError):  # ~somebody who is not there, or a null byte
+            raise UsageError(f"data.source: {source!r} is no path; write the path of a file.") from None
         job = job.model_copy(update={"data": job.data.model_copy(update={"source": absolute})})
     return job
 
@@ -315,9 +315,10 @@ def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
 
 def _section_at(kind: Any, path: Sequence[str]) -> Any:
     """The model class at `path` below `kind`, through optional fields and dictionaries of sections."""
-    for part in path:
-        field = kind.model_fields.get(part)
-        if field is not None:  # else a key of a dictionary, whose values are of the class that is here already
-            inner = get_args(field.annotation) or (field.annotation,)
-            kind = next(one for one in inner if hasattr(one, "model_fields"))
+    names = iter(path)
+    for part in names:
+        annotation = kind.model_fields[part].annotation
+        if get_origin(annotation) is dict:
+            next(names, None)  # the key, whatever it is called
+        kind = next((one for one in (*get_args(annotation), annotation) if hasattr(one, "model_fields")), kind)
     return kind

@@ -23,6 +23,8 @@ class _Loader(yaml.SafeLoader):
         """A mapping whose keys are all different words."""
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
             seen.add(key.value)
@@ -56,4 +58,7 @@ def read(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is none, or a key stands twice; `problem_mark`, if there, says where.
     """
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (RecursionError, TypeError, ValueError):  # a tag that its word does not fit, nesting or digits without end
+        raise yaml.YAMLError("a value that cannot be read") from None

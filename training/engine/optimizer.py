@@ -21,6 +21,7 @@ from training.engine.run import DPSGDRun
 # The released sum lies on multiples of a public power of two, about σC·2^-18: the low bits of floating-point noise,
 # by which sums can be told apart (Mironov 2012), are not released.
 GRID_BITS = 18
+_EXACT = 4096  # the most contributions that are added in fp32 before they go to the fp64 buffer
 
 
 class PrivateOptimizer(DPOptimizer):
@@ -100,7 +101,9 @@ class PrivateOptimizer(DPOptimizer):
         usable = torch.isfinite(norms) & (norms < self._run.max_grad_norm * 2.0**120)
         factors = torch.where(usable, (self._run.max_grad_norm / norms.clamp(min=1e-300)).clamp(max=1.0), 0.0)
         gradients.masked_fill_(~usable[:, None], 0.0)
-        self._sum += (factors.float() @ gradients).double()
+        for start in range(0, units, _EXACT):
+            part = slice(start, start + _EXACT)
+            self._sum += (factors[part].float() @ gradients[part]).double()
 
     def contribution(self) -> torch.Tensor:
         """Hand over and clear the un-noised sum: for the rehearsal on synthetic inputs only. Shape [parameters]."""

@@ -123,11 +123,6 @@ def test_one_more_unit_moves_a_large_sum_by_no_more_than_the_margin_covers():
     assert abs(unit_more(1_000_000, 1.1) - 1) < SIGMA_MARGIN - 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="P8: within one micro-batch the sum is still fp32: from a physical_batch_size of about 65,536 on (ten "
-    "million is allowed) one more unit may move it by more than SIGMA_MARGIN covers",
-)
 def test_one_more_unit_moves_a_large_micro_batch_by_no_more_than_the_margin_covers():
     sums = []
     for units in (100_000, 100_001):
