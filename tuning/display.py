@@ -57,7 +57,8 @@ def sweep_table(trials: Sequence[Trial], best: Trial | None, budget_cost: int) -
         "cost",
         "accuracy",
     ]
-    table = Table(*(Column(head, no_wrap=True) for head in heads), title="The sweep", box=box.SIMPLE_HEAD)
+    columns = [Column(head, no_wrap=True) for head in heads]
+    table = Table(*columns, title="The sweep", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for trial in trials:
         metrics = trial.outcome.metrics
         steps = trial.charges.steps if trial.charges else 0
@@ -70,7 +71,7 @@ def sweep_table(trials: Sequence[Trial], best: Trial | None, budget_cost: int) -
                 for name in names
             ),
             f"[{colour}]{trial.outcome.status}[/]",
-            f"{steps} of {trial.job.training.steps}",
+            f"{steps}/{trial.job.training.steps}",
             f"{cost / budget_cost:.1%}",
             f"{metrics['accuracy']:.3f} ± {metrics['accuracy_error']:.3f}" if metrics else "",
         )

@@ -13,6 +13,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster.errors import UsageError
 from training import data
@@ -285,9 +287,20 @@ def test_a_fingerprint_changes_with_any_cell_and_any_row():
     assert len(seen) == 1 + 6 + 3 + 1 + 1
 
 
-def test_a_fingerprint_knows_where_a_cell_ends():
-    tables = [Table(("a", "b"), (["x\x1fy"], ["z"])), Table(("a", "b"), (["x"], ["y\x1fz"]))]
+@pytest.mark.parametrize("mark", ["", ",", ":", "1:", "2:", "\x1f", "\x1e0", "\0", "\n"])
+def test_a_fingerprint_knows_where_a_cell_ends(mark):
+    """Whatever stands in the cells: what separates them in the canonical bytes could stand there too."""
+    tables = [Table(("a", "b"), ([f"x{mark}y"], ["z"])), Table(("a", "b"), (["x"], [f"y{mark}z"]))]
     assert len({data.fingerprint(table, KEY) for table in tables}) == 2
+
+
+@settings(deadline=None)
+@given(text=st.text(alphabet=",:1\x1f\x1e", min_size=2, max_size=5), choose=st.data())
+def test_no_two_rows_are_the_same_bytes(text, choose):
+    """A row's bytes are also its identity as a unit. Two rows are cut from one text, with one character for the cut."""
+    cuts = choose.draw(st.tuples(*[st.integers(0, len(text) - 1)] * 2))
+    rows = [(text[:cut], text[cut + 1 :]) for cut in cuts]
+    assert len(set(table_of(rows, ("a", "b")).rows())) == len(set(rows))
 
 
 # Files and their errors.
