@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.accounting.costs import UNIT, budget_cost, epsilon_of, price, step_cost
+from cluster.accounting.costs import FINE, UNIT, budget_cost, price, step_cost
 from cluster.accounting.mechanisms import Charge
 from cluster.errors import UsageError
 
@@ -42,7 +42,7 @@ def order_table(epsilon: float, delta: float, plans: Sequence[Charge], trials: i
             f"privacy.epsilon: {epsilon:g} at delta {delta:g} leaves nothing to spend; allow more of either."
         )
     fits = {
-        order: [budgets[order] / (step_cost(plan.mechanism, order) * plan.steps / 10**24) for plan in plans]
+        order: [budgets[order] / (step_cost(plan.mechanism, order) * plan.steps / FINE) for plan in plans]
         for order in usable
     }
     best = [max(fits[order][i] for order in usable) for i in range(len(plans))]
@@ -78,7 +78,7 @@ def select_price(plans: Sequence[Charge], order: int, mean_trials: int, eta: flo
     gamma = tnb_gamma(mean_trials, eta)
 
     def curve(at: int) -> float:
-        return max(step_cost(plan.mechanism, at) * plan.steps for plan in plans) / (UNIT * 1e24)
+        return max(step_cost(plan.mechanism, at) * plan.steps for plan in plans) / (UNIT * FINE)
 
     grid = (*range(2, 17), 20, 24, 28, 32, 40, 48, 64)
     least = min((1 - 1 / at) * curve(at) + math.log(1 / gamma) / at for at in grid)
@@ -112,8 +112,3 @@ def tnb_quantile(mean: float, eta: float, share: float) -> int:
         mass *= (1 - gamma) * (k + eta) / (k + 1)
         total, k = total + mass, k + 1
     return k
-
-
-def composed_epsilon(cost: int, delta: float, order: int) -> float:
-    """ε of a total cost at the account's order, for plans (P14: the same conversion that the books use)."""
-    return epsilon_of(cost, delta, order)

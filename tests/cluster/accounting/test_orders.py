@@ -11,12 +11,11 @@ from dp_accounting.dp_event import RepeatAndSelectDpEvent
 from dp_accounting.rdp import rdp_privacy_accountant
 
 from cluster.accounting.costs import FINE, UNIT, budget_cost, epsilon_of, price, step_cost
-from cluster.accounting.mechanisms import Charge, DiscreteGaussian, PoissonSubsampledGaussian
+from cluster.accounting.mechanisms import Charge, PoissonSubsampledGaussian
 from cluster.accounting.orders import (
     CANDIDATES,
     OrderRow,
     choose,
-    composed_epsilon,
     order_table,
     select_price,
     tnb_gamma,
@@ -166,9 +165,3 @@ def test_many_selected_trials_cost_about_twice_one():
     plan = Charge("digits/train", PoissonSubsampledGaussian(0.01, 1.513), 1000, 20)
     least = min(epsilon_of(select_price([plan], order, 64), 1e-5, order) for order in CANDIDATES)
     assert 2.3 <= least <= 2.6
-
-
-def test_plans_use_the_conversion_of_the_books():
-    evaluation = Charge("digits/validation", DiscreteGaussian(5.0, 1), 3, 1)
-    cost = price(evaluation, 6)
-    assert composed_epsilon(cost, 1e-4, 6) == epsilon_of(cost, 1e-4, 6)
