@@ -19,18 +19,7 @@ def test_the_wheel_holds_the_packages_and_no_tests(tmp_path):
         shutil.copy(REPOSITORY / name, source)
     for name in ("cluster", "training", "tuning", "tests", "infra"):
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        ".",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        str(tmp_path),
-    ]
+    pip = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "-w", str(tmp_path)], cwd=source, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("purser-*.whl")
     with zipfile.ZipFile(wheel) as archive:

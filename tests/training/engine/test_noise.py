@@ -160,11 +160,12 @@ def test_momentum_and_adam_get_the_noise_too():
     run = plan(noise_multiplier=3.0)
     first, second = noise_steps(trainer_of(run, Optimizer(learning_rate=1.0, momentum=0.9)), 2)
     assert correlated(first, second)
-    assert second.var() / first.var() == pytest.approx(
-        1.81, rel=0.1
-    )  # 1 + 0.9²; the margin is over ten standard errors
+    # 1 + 0.9²; the margin is over ten standard errors.
+    assert second.var() / first.var() == pytest.approx(1.81, rel=0.1)
     adam = noise_steps(trainer_of(run, Optimizer(name="adam", learning_rate=0.1)), 1)[0]
-    assert np.allclose(np.abs(adam), 0.1, atol=1e-3)  # Adam's first step is the sign of what it saw
+    # Adam's first step is the sign of what it saw. One parameter in a million sees 0, which lies on the grid, and stays:
+    # more than ten of 90,300 do so less often than once in 1e17 runs.
+    assert (np.abs(np.abs(adam) - 0.1) > 1e-3).sum() <= 10
     assert abs(np.sign(adam).mean()) < SIX / math.sqrt(len(adam))
 
 
