@@ -18,7 +18,7 @@ class Trial:
     lease: str
     values: dict[str, Any]
     job: Job
-    outcome: Outcome = field(default_factory=lambda: Outcome(FAILED, why="it never started"))
+    outcome: Outcome = field(default_factory=lambda: Outcome(FAILED, why="it was interrupted before it ended"))
     steps: int = 0
     charges: Charged | None = None
 
