@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 
 from cluster.accounting.books import Account
+from cluster.accounting.costs import epsilon_text
 from cluster.accounting.orders import OrderRow, choose
 
 
@@ -25,7 +26,7 @@ def accounts_table(accounts: Sequence[Account]) -> Table:
             f"{account.spent_cost / budget:.1%}",
             f"{account.reserved_cost / budget:.1%}",
             f"{account.remaining_cost / budget:.1%}",
-            f"{account.epsilon_of(account.spent_cost):.3f}",
+            epsilon_text(account.epsilon_of(account.spent_cost)),
         )
     return table
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster import environment
 from cluster.accounting.books import Account, Books
+from cluster.accounting.costs import epsilon_text
 from cluster.accounting.leases import Leases, explain
 from cluster.accounting.ledger import Ledger
 from cluster.accounting.mechanisms import Charge
@@ -134,9 +135,8 @@ def _progress(screen: Screen, books: Books, account: str, lease: str, planned: i
 
 def _conclude(screen: Screen, outcome: Outcome, result: Mapping[str, Any]) -> None:
     metrics = outcome.metrics
-    line = (
-        f"{outcome.status}: {result['authorised_steps']} steps authorised, ε of this run {result['epsilon_of_run']:.3f}"
-    )
+    epsilon = epsilon_text(result["epsilon_of_run"])
+    line = f"{outcome.status}: {result['authorised_steps']} steps authorised, ε of this run {epsilon}"
     if metrics:
         line += f", accuracy {metrics['accuracy']:.3f} ± {metrics['accuracy_error']:.3f}"
     screen.say(line + (f" ({outcome.why})" if outcome.why else ""))

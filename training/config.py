@@ -60,14 +60,14 @@ class Feature(Section):
     """A declared column: a number with its `range`, or a category with its `categories`. Never fitted to data."""
 
     range: tuple[float, float] | None = None
-    categories: tuple[str, ...] | None = None
+    categories: Annotated[tuple[str, ...] | None, Field(min_length=1)] = None
 
     @model_validator(mode="after")
     def _checks(self) -> Feature:
         if (self.range is None) == (self.categories is None):
             raise ValueError("give either range: [low, high] or categories: [...]")
-        if self.range is not None and not self.range[0] < self.range[1]:
-            raise ValueError("range: the low end must be below the high end")
+        if self.range is not None and not 0 < self.range[1] - self.range[0] < 1e300:
+            raise ValueError("range: the low end must be below the high end, and both ordinary numbers")
         if self.categories is not None and len(set(self.categories)) != len(self.categories):
             raise ValueError("categories: each may be named once")
         return self
@@ -78,6 +78,12 @@ class Label(Section):
 
     column: str
     categories: Annotated[tuple[str, ...], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _checks(self) -> Label:
+        if len(set(self.categories)) != len(self.categories):
+            raise ValueError("categories: each may be named once")
+        return self
 
 
 class Data(Section):

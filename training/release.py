@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.accounting.books import Account
+from cluster.accounting.costs import epsilon_text
 from training.config import Job
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def markdown(said: Mapping[str, Any]) -> str:
     for part in said["partitions"]:
         lines.append(
             f"| {part['account']} | {part['epsilon']:g} | {part['delta']:g} | {part['order']} "
-            f"| {part['epsilon_of_run']:.3f} | {part['spent_cost'] / part['budget_cost']:.1%} "
+            f"| {epsilon_text(part['epsilon_of_run'])} | {part['spent_cost'] / part['budget_cost']:.1%} "
             f"| {part['head']['seq']}:{part['head']['hash']} |"
         )
     lines += [

@@ -128,6 +128,11 @@ def epsilon_of(cost: int, delta: float, order: int) -> float:
         return max(0.0, math.nextafter(float(epsilon), math.inf))
 
 
+def epsilon_text(epsilon: float) -> str:
+    """An ε for people: three decimals, never below what is charged (P14)."""
+    return f"{math.ceil(epsilon * 1000) / 1000:.3f}"
+
+
 def _conversion(delta: float, order: int) -> Decimal:
     delta = number("delta", delta, 5e-324, 1.0)
     whole("order", order, *ORDERS)

@@ -163,7 +163,7 @@ def test_momentum_and_adam_get_the_noise_too():
     # 1 + 0.9²; the margin is over ten standard errors.
     assert second.var() / first.var() == pytest.approx(1.81, rel=0.1)
     adam = noise_steps(trainer_of(run, Optimizer(name="adam", learning_rate=0.1)), 1)[0]
-    # Adam's first step is the sign of what it saw. One parameter in a million sees 0, which lies on the grid, and stays
+    # Adam's first step is the sign of what it saw. One parameter in a million sees 0, a point of the grid, and stays;
     # more than ten of 90,300 do so less often than once in 1e17 runs.
     assert (np.abs(np.abs(adam) - 0.1) > 1e-3).sum() <= 10
     assert abs(np.sign(adam).mean()) < SIX / math.sqrt(len(adam))
