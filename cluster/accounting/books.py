@@ -138,7 +138,7 @@ class Books:
                     body={"by": "owner"},
                 )
             self.ledger.secret(f"partition:{dataset.name}", connection=connection)
-            return [self._read(connection, account) for account in dataset.accounts()]
+            return [self.read(connection, account) for account in dataset.accounts()]
 
     def check(self, dataset: Dataset, epsilon: float, delta: float) -> list[Account]:
         """The accounts of `dataset`, after checking that the job says what the owner said.
@@ -204,13 +204,10 @@ class Books:
     def show(self, account: str) -> Account:
         """One account as it stands."""
         with self.ledger.reading() as connection:
-            return self._read(connection, account)
+            return self.read(connection, account)
 
     def read(self, connection: sa.Connection, account: str) -> Account:
         """One account as it stands inside a transaction of the caller's."""
-        return self._read(connection, account)
-
-    def _read(self, connection: sa.Connection, account: str) -> Account:
         first = self.ledger.by_key(connection, f"account:{account}")
         last = self.ledger.last(connection, account)
         if first is None or last is None:
