@@ -10,9 +10,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.accounting.costs import FINE, UNIT, budget_cost, price, step_cost
-from cluster.accounting.mechanisms import Charge
+from cluster.accounting.costs import FINE, block_cost, budget_cost, price, step_cost
+from cluster.accounting.mechanisms import Charge, Composition, Mechanism, RepeatAndSelect, TruncatedNegativeBinomial
+from cluster.accounting.selection import tnb_gamma, tnb_quantile
 from cluster.errors import UsageError
+
+__all__ = [
+    "CANDIDATES",
+    "OrderRow",
+    "choose",
+    "order_table",
+    "select_price",
+    "selection_of",
+    "tnb_gamma",
+    "tnb_quantile",
+]
 
 CANDIDATES = (*range(2, 33), 36, 40, 48, 56, 64, 80, 96, 128)
 
@@ -46,6 +58,7 @@ def order_table(epsilon: float, delta: float, plans: Sequence[Charge], trials: i
         for order in usable
     }
     best = [max(fits[order][i] for order in usable) for i in range(len(plans))]
+    selection = selection_of(plans, trials) if trials > 1 else None
     rows = []
     for order in usable:
         ratio = min(runs / most for runs, most in zip(fits[order], best, strict=True))
@@ -54,11 +67,19 @@ def order_table(epsilon: float, delta: float, plans: Sequence[Charge], trials: i
                 order,
                 budgets[order],
                 (math.floor(max(fits[order])), math.floor(min(fits[order]))),
-                select_price(plans, order, trials) <= budgets[order],
+                _fits(selection, plans, order, budgets[order]),
                 ratio,
             )
         )
     return rows
+
+
+def _fits(selection: RepeatAndSelect | None, plans: Sequence[Charge], order: int, budget: int) -> bool:
+    try:
+        cost = block_cost(selection, order, 0, 1) if selection else max(price(plan, order) for plan in plans)
+    except UsageError:  # beyond what any ledger can hold
+        return False
+    return cost <= budget
 
 
 def choose(rows: Sequence[OrderRow]) -> int:
@@ -67,48 +88,23 @@ def choose(rows: Sequence[OrderRow]) -> int:
 
 
 def select_price(plans: Sequence[Charge], order: int, mean_trials: int, eta: float = 0.5) -> int:
-    """RDP cost at `order` of releasing only the best of a random number of i.i.d. candidates, rounded up.
+    """Cost at `order` of releasing only the best of a random number of i.i.d. candidates, each one of `plans`.
 
-    K is truncated negative binomial with shape `eta` and mean `mean_trials`; the base mechanism is the pointwise
-    maximum of the candidates' RDP curves. ε'(α) = ε(α) + log E[K]/(α−1) + (1+η) min over α' of
-    ((1−1/α')ε(α') + log(1/γ)/α') (Papernot and Steinke 2022, theorem 2). Any set of α' gives a valid bound.
+    K is truncated negative binomial with shape `eta` and mean `mean_trials`; the price is that of the mechanism that
+    `selection_of` describes.
+
+    Raises:
+        UsageError: more than the ledger can hold, or more different plans than one mechanism may list.
     """
     if mean_trials <= 1:
         return max(price(plan, order) for plan in plans)
-    gamma = tnb_gamma(mean_trials, eta)
-
-    def curve(at: int) -> float:
-        return max(step_cost(plan.mechanism, at) * plan.steps for plan in plans) / (UNIT * FINE)
-
-    grid = (*range(2, 17), 20, 24, 28, 32, 40, 48, 64)
-    least = min((1 - 1 / at) * curve(at) + math.log(1 / gamma) / at for at in grid)
-    return math.ceil((curve(order) + math.log(mean_trials) / (order - 1) + (1 + eta) * least) * UNIT)
+    return block_cost(selection_of(plans, mean_trials, eta), order, 0, 1)
 
 
-def tnb_gamma(mean: float, eta: float) -> float:
-    """γ of the truncated negative binomial with shape `eta` > 0 whose mean is `mean`, by bisection.
-
-    E[K] = η(1−γ) / (γ(1−γ^η)) (Papernot and Steinke 2022, definition 1); falls from infinity to 1 as γ rises to 1.
-    """
-    low, high = 1e-12, 1 - 1e-12
-    for _ in range(200):
-        middle = math.sqrt(low * high)
-        if eta * (1 - middle) / (middle * (1 - middle**eta)) > mean:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def tnb_quantile(mean: float, eta: float, share: float) -> int:
-    """The smallest k with P[K ≤ k] ≥ `share` for the truncated negative binomial."""
-    if mean <= 1:
-        return 1
-    gamma = tnb_gamma(mean, eta)
-    # P[K=k] = (1−γ)^k / (γ^−η − 1) · Π_{l<k} (l+η)/(l+1)
-    mass = (1 - gamma) * eta / (gamma**-eta - 1)
-    total, k = mass, 1
-    while total < share:
-        mass *= (1 - gamma) * (k + eta) / (k + 1)
-        total, k = total + mass, k + 1
-    return k
+def selection_of(plans: Sequence[Charge], mean_trials: int, eta: float = 0.5) -> RepeatAndSelect:
+    """The selection among `plans` as a mechanism. The account and the blocks of the plans play no part."""
+    steps: dict[Mechanism, int] = {}
+    for plan in plans:  # of two plans of one mechanism the longer costs more at every order
+        steps[plan.mechanism] = max(plan.steps, steps.get(plan.mechanism, 0))
+    candidates = tuple(Composition((run,)) for run in steps.items())
+    return RepeatAndSelect(candidates, TruncatedNegativeBinomial(eta, tnb_gamma(mean_trials, eta)))
