@@ -7,19 +7,22 @@ entry. A job that says otherwise is refused (P4). No data passes through here, o
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import sqlalchemy as sa
 
 from cluster.accounting import orders
 from cluster.accounting.costs import budget_cost, epsilon_of, price
 from cluster.accounting.ledger import Ledger
 from cluster.accounting.mechanisms import Charge, from_json, number, to_json, whole
+from cluster.accounting.schema import HMAC_KEY
+from cluster.accounting.verify import Verdict, verify
+from cluster.accounting.views import Draft, View
 from cluster.errors import UsageError
 
 PARTITIONS = ("train", "validation")
+_FACTS = ""  # where an account's first entry is remembered, among leases, which all have names
 
 
 @dataclass(frozen=True)
@@ -107,38 +110,46 @@ class Books:
                 f"privacy.delta: {delta:g} was given; it must be below 1/units = {1 / dataset.units:.3g}, "
                 "or one unit could be published whole."
             )
+        named = all(isinstance(name, str) and name.isprintable() and ":" not in name for name in dataset.accounts())
+        if not named:
+            raise UsageError(f"account: {dataset.name!r} was given; a name has no ':' and nothing unprintable in it.")
         chosen = {a: orders.choose(orders.order_table(epsilon, delta, plans[a], trials)) for a in dataset.accounts()}
-        with self.ledger.writing() as connection:
-            for source in dataset.sources:
-                owner = self.ledger.by_key(connection, f"source:{source}")
-                if owner and owner["account"] != dataset.accounts()[0]:
-                    other = owner["account"].rpartition("/")[0]
-                    raise UsageError(
-                        f"data.source: it already belongs to the dataset {other}; a second budget for the same data "
-                        f"would double its epsilon. Use account: {other}."
-                    )
-            for account in dataset.accounts():
-                if self.ledger.last(connection, account):
-                    raise UsageError(f"account: {account} exists already; `purser budget show {account}` shows it.")
-                body = {
-                    "epsilon": epsilon,
-                    "delta": delta,
-                    "order": chosen[account],
-                    "budget_cost": budget_cost(epsilon, delta, chosen[account]),
-                    "dataset": asdict(dataset),
-                    "by": "owner",
-                }
-                self.ledger.append(connection, account=account, kind="account", key=f"account:{account}", body=body)
-            for source in dataset.sources:
-                self.ledger.append(
-                    connection,
-                    account=dataset.accounts()[0],
-                    kind="source",
-                    key=f"source:{source}",
-                    body={"by": "owner"},
+        nonce = secrets.token_hex(8)  # an uncertain commit is done again, and must know its own work
+        return self.ledger.write(lambda draft: self._create(draft, dataset, epsilon, delta, chosen, nonce))
+
+    def _create(
+        self, draft: Draft, dataset: Dataset, epsilon: float, delta: float, chosen: Mapping[str, int], nonce: str
+    ) -> list[Account]:
+        names = dataset.accounts()
+        there = [json.loads(row["body"]) for name in names if (row := draft.by_key(f"account:{name}"))]
+        if there and there[0].get("nonce") == nonce:
+            return [self.read(draft, account) for account in names]
+        for source in dataset.sources:
+            owner = draft.by_key(f"source:{source}")
+            if owner and owner["account"] != names[0]:
+                other = owner["account"].rpartition("/")[0]
+                raise UsageError(
+                    f"data.source: it already belongs to the dataset {other}; a second budget for the same data "
+                    f"would double its epsilon. Use account: {other}."
                 )
-            self.ledger.secret(f"partition:{dataset.name}", connection=connection)
-            return [self.read(connection, account) for account in dataset.accounts()]
+        for account in names:
+            if draft.last(account):
+                raise UsageError(f"account: {account} exists already; `purser budget show {account}` shows it.")
+        for account in names:
+            body = {
+                "epsilon": epsilon,
+                "delta": delta,
+                "order": chosen[account],
+                "budget_cost": budget_cost(epsilon, delta, chosen[account]),
+                "dataset": asdict(dataset),
+                "by": "owner",
+                "nonce": nonce,
+            }
+            draft.append(account=account, kind="account", key=f"account:{account}", body=body)
+        for source in dataset.sources:
+            draft.append(account=names[0], kind="source", key=f"source:{source}", body={"by": "owner"})
+        draft.hide(f"partition:{dataset.name}")
+        return [self.read(draft, account) for account in names]
 
     def check(self, dataset: Dataset, epsilon: float, delta: float) -> list[Account]:
         """The accounts of `dataset`, after checking that the job says what the owner said.
@@ -176,17 +187,17 @@ class Books:
 
     def source_key(self) -> str:
         """The hidden key of source HMACs, one for the ledger, so that one source is one key in every dataset."""
-        return self.ledger.secret("ledger:hmac")
+        return self.ledger.secret(HMAC_KEY)
 
     def exists(self, dataset: str) -> bool:
         """Whether a dataset of this name has accounts."""
-        with self.ledger.reading() as connection:
-            return self.ledger.last(connection, f"{dataset}/{PARTITIONS[0]}") is not None
+        with self.ledger.reading() as view:
+            return view.by_key(f"account:{dataset}/{PARTITIONS[0]}") is not None
 
     def names(self) -> list[str]:
         """Every account."""
-        with self.ledger.reading() as connection:
-            return self.ledger.accounts(connection)
+        with self.ledger.reading() as view:
+            return view.accounts()
 
     def resolve(self, name: str) -> str:
         """An account's full name; a dataset's name alone means its train account.
@@ -203,57 +214,63 @@ class Books:
 
     def show(self, account: str) -> Account:
         """One account as it stands."""
-        with self.ledger.reading() as connection:
-            return self.read(connection, account)
+        with self.ledger.reading() as view:
+            return self.read(view, account)
 
-    def read(self, connection: sa.Connection, account: str) -> Account:
+    def read(self, view: View, account: str) -> Account:
         """One account as it stands inside a transaction of the caller's."""
-        first = self.ledger.by_key(connection, f"account:{account}")
-        last = self.ledger.last(connection, account)
-        if first is None or last is None:
-            raise UsageError(f"account: {account} is not in this ledger; `purser budget create JOB` makes it.")
-        made = json.loads(first["body"])
-        facts = {**made["dataset"], "sources": tuple(made["dataset"]["sources"])}
+        memo = view.memo(account)
+        if (first := memo.get(_FACTS)) is None:
+            row = view.by_key(f"account:{account}")
+            if row is None:
+                raise UsageError(f"account: {account} is not in this ledger; `purser budget create JOB` makes it.")
+            first = memo[_FACTS] = json.loads(row["body"])
+        last = view.last(account)
+        assert last is not None
         return Account(
             account=account,
-            epsilon=made["epsilon"],
-            delta=made["delta"],
-            order=made["order"],
-            budget_cost=made["budget_cost"],
+            epsilon=first["epsilon"],
+            delta=first["delta"],
+            order=first["order"],
+            budget_cost=first["budget_cost"],
             spent_cost=last["spent_after"],
             reserved_cost=last["reserved_after"],
-            dataset=Dataset(**facts),
+            dataset=Dataset(**{**first["dataset"], "sources": tuple(first["dataset"]["sources"])}),
             head={"seq": last["seq"], "hash": last["hash"]},
         )
 
-    def authorised_steps(self, account: str, lease: str) -> int:
-        """How many steps `lease` has been authorised on `account`, re-executed ones included."""
-        with self.ledger.reading() as connection:
-            rows = self.ledger.of_lease(connection, lease, account)
-        return sum(json.loads(row["body"])["steps"] for row in rows if row["kind"] == "authorise")
-
-    def last_run_cost(self, account: str) -> int | None:
-        """What the newest run with a charge on `account` has cost so far."""
-        costs: dict[str, int] = {}
-        with self.ledger.reading() as connection:
-            for row in self.ledger.of_account(connection, account):
-                if row["kind"] == "authorise":
-                    costs[row["lease"]] = costs.pop(row["lease"], 0) + row["cost"]
-        return list(costs.values())[-1] if costs else None
+    def last_run(self, account: str) -> tuple[str, int] | None:
+        """The lease that was last reserved on `account`, and the price of its whole plan."""
+        with self.ledger.reading() as view:
+            newest = view.last_reserve(account)
+        return None if newest is None else (newest["lease"], newest["cost"])
 
     def history(self, account: str) -> Iterator[dict[str, Any]]:
         """Every entry of `account`, oldest first, with its mechanism, steps and author drawn out of the body.
 
         All hashed columns are kept, so that a reader can recompute the chain from what is printed.
         """
-        with self.ledger.reading() as connection:
-            for row in self.ledger.of_account(connection, account):
-                body = json.loads(row["body"])
-                mechanism = body.get("mechanism")
-                yield {
-                    **row,
-                    "body": body,
-                    "mechanism": to_json(from_json(mechanism)) if mechanism else None,
-                    "steps": body.get("steps"),
-                    "by": body.get("by"),
-                }
+        with self.ledger.reading() as view:
+            yield from map(_printed, view.of_account(account))
+
+    def charged(self, lease: str, account: str) -> list[dict[str, Any]]:
+        """The `authorise` entries of `lease` on `account`, as the history prints them."""
+        with self.ledger.reading() as view:
+            return [_printed(row) for row in view.of_lease(lease, account) if row["kind"] == "authorise"]
+
+    def verify(self, account: str, head: tuple[int, str] | None = None) -> Verdict:
+        """Walk the chain of `account`; see `verify.verify`."""
+        with self.ledger.reading() as view:
+            return verify(account, view.of_account(account), head)
+
+
+def _printed(row: Mapping[str, Any]) -> dict[str, Any]:
+    body = json.loads(row["body"])
+    mechanism = body.get("mechanism")
+    return {
+        **row,
+        "body": body,
+        "mechanism": to_json(from_json(mechanism)) if mechanism else None,
+        "steps": body.get("steps"),
+        "by": body.get("by"),
+    }

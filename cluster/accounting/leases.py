@@ -11,16 +11,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-
-import sqlalchemy as sa
 
 from cluster.accounting.books import Account, Books
 from cluster.accounting.costs import affordable_steps, block_cost, price
 from cluster.accounting.mechanisms import STEPS_BOUNDS, Charge, whole
+from cluster.accounting.views import Draft, View
 from cluster.errors import PurserError, UsageError
 
+PROTOCOL = 2  # of the calls between a run and its accountant; both sides must speak the same
 CLOSING = ("settle", "release", "expire")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
@@ -68,15 +68,29 @@ class Grant:
 
 
 @dataclass(frozen=True)
+class Hold:
+    """What one lease holds of an account."""
+
+    lease: str
+    by: str
+    reserved_cost: int
+
+
+@dataclass(frozen=True)
 class _State:
+    """A lease on one account, as its first and its newest entry tell; `running`: an attempt may authorise."""
+
     charge: Charge
+    mechanism: dict[str, Any]
+    order: int
     by: str
     epoch: int
-    attempts: int
+    attempt: int
+    granted: int
+    paid: int
     reserved: int
+    running: bool
     settled: bool
-    running: dict[str, Any] | None  # what the newest `open` granted, unless the lease was closed since
-    rows: list[dict[str, Any]]
 
 
 class Leases:
@@ -94,13 +108,13 @@ class Leases:
 
     def fits(self, charges: Sequence[Charge]) -> Answer:
         """Ask without asking for anything: would a reservation of `charges` be granted now? Writes nothing."""
-        with self.ledger.reading() as connection:
-            return self._fits(connection, charges)
+        with self.ledger.reading() as view:
+            return self._fits(view, charges)
 
-    def _fits(self, connection: sa.Connection, charges: Sequence[Charge]) -> Answer:
+    def _fits(self, view: View, charges: Sequence[Charge]) -> Answer:
         shortages = []
         for charge in charges:
-            account = self.books.read(connection, charge.account)
+            account = self.books.read(view, charge.account)
             asked = account.price(charge)
             if asked > account.remaining_cost:
                 shortages.append(Shortage(account.account, asked, account.remaining_cost, account.reserved_cost))
@@ -117,43 +131,36 @@ class Leases:
         ordered = sorted(charges, key=lambda charge: charge.account)
         if len({charge.account for charge in ordered}) != len(ordered) or not ordered:
             raise UsageError(f"lease {lease}: it needs one charge for each of its accounts.")
-        with self.ledger.writing() as connection:
-            taken = self.ledger.accounts_of_lease(connection, lease)
-            if taken:
-                held = [self._state(connection, lease, account).charge for account in taken]
-                if held != ordered:
-                    raise UsageError(f"lease {lease}: it is taken, with other charges; use a new name.")
-                return Answer(True)
-            answer = self._fits(connection, ordered)
-            for charge in ordered:
-                account = self.books.read(connection, charge.account)
-                cost = account.price(charge)
-                body = {**charge.to_json(), "by": by, "epoch": 0}
-                if answer.fits:
-                    self.ledger.append(
-                        connection,
-                        account=charge.account,
-                        kind="reserve",
-                        key=_key("reserve", lease, charge.account),
-                        lease=lease,
-                        cost=cost,
-                        reserved=cost,
-                        lease_reserved=cost,
-                        body=body,
-                    )
-                elif charge.account == answer.shortages[0].account:
-                    key = f"refuse:{lease}"
-                    if not self.ledger.by_key(connection, key):
-                        self.ledger.append(
-                            connection,
-                            account=charge.account,
-                            kind="refuse",
-                            key=key,
-                            lease=lease,
-                            cost=cost,
-                            body={**body, "remaining": account.remaining_cost},
-                        )
+        return self.ledger.write(lambda draft: self._reserve(draft, lease, by, ordered))
+
+    def _reserve(self, draft: Draft, lease: str, by: str, charges: Sequence[Charge]) -> Answer:
+        taken = draft.accounts_of_lease(lease)
+        if taken:
+            if [self._state(draft, lease, account).charge for account in taken] != charges:
+                raise UsageError(f"lease {lease}: it is taken, with other charges; use a new name.")
+            return Answer(True)
+        answer = self._fits(draft, charges)
+        if not answer.fits:
+            short = answer.shortages[0]
+            key = f"refuse:{lease}"
+            if draft.by_key(key) is None:
+                charge = next(charge for charge in charges if charge.account == short.account)
+                body = {**charge.to_json(), "by": by, "epoch": 0, "remaining": short.remaining}
+                draft.append(account=short.account, kind="refuse", key=key, lease=lease, cost=short.asked, body=body)
             return answer
+        for charge in charges:
+            cost = self.books.read(draft, charge.account).price(charge)
+            draft.append(
+                account=charge.account,
+                kind="reserve",
+                key=_key("reserve", lease, charge.account),
+                lease=lease,
+                cost=cost,
+                reserved=cost,
+                lease_reserved=cost,
+                body={**charge.to_json(), "by": by, "epoch": 0},
+            )
+        return answer
 
     def open(self, lease: str, nonce: str, done: int = 0) -> Attempt:
         """Begin a new attempt of `lease` and fence every earlier one off.
@@ -167,44 +174,45 @@ class Leases:
         Raises:
             UsageError: the lease is settled, or `done` is no number of steps of its plan.
         """
-        with self.ledger.writing() as connection:
-            accounts = self._accounts(connection, lease)
-            steps: dict[str, int] = {}
-            attempt = epoch = 0
-            for name in accounts:
-                state = self._state(connection, lease, name)
-                if state.settled:
-                    raise UsageError(f"lease {lease}: it is settled; start a new run.")
-                if name.endswith("/train"):
-                    whole("done", done, 0, state.charge.steps)
-                key = _key("open", lease, name, nonce)
-                again = self.ledger.by_key(connection, key)
-                if again:
-                    body = json.loads(again["body"])
-                    steps[name], attempt, epoch = body["steps"], again["attempt"], body["epoch"]
-                    continue
-                account = self.books.read(connection, name)
-                wanted = state.charge.steps - done if name.endswith("/train") else state.charge.steps
-                have = state.reserved + account.remaining_cost
-                granted = wanted if state.reserved and not state.attempts else 0
-                if not granted:
-                    granted = affordable_steps(state.charge, account.order, have, max(0, wanted))
-                top_up = max(0, price(state.charge, account.order, granted) - state.reserved)
-                attempt, epoch = state.attempts + 1, state.epoch + 1
-                self.ledger.append(
-                    connection,
-                    account=name,
-                    kind="open",
-                    key=key,
-                    lease=lease,
-                    cost=top_up,
-                    reserved=top_up,
-                    lease_reserved=state.reserved + top_up,
-                    attempt=attempt,
-                    body={"by": state.by, "epoch": epoch, "done": done, "steps": granted},
-                )
-                steps[name] = granted
-            return Attempt(lease, attempt, epoch, steps)
+        return self.ledger.write(lambda draft: self._open(draft, lease, nonce, done))
+
+    def _open(self, draft: Draft, lease: str, nonce: str, done: int) -> Attempt:
+        states = {name: self._state(draft, lease, name) for name in self._accounts(draft, lease)}
+        for name, state in states.items():
+            if state.settled:
+                raise UsageError(f"lease {lease}: it is settled; start a new run.")
+            if name.endswith("/train"):
+                whole("done", done, 0, state.charge.steps)
+        steps: dict[str, int] = {}
+        attempt = epoch = 0
+        for name, state in states.items():
+            key = _key("open", lease, name, nonce)
+            again = draft.by_key(key)
+            if again:
+                body = json.loads(again["body"])
+                steps[name], attempt, epoch = body["granted"], again["attempt"], body["epoch"]
+                continue
+            account = self.books.read(draft, name)
+            wanted = state.charge.steps - done if name.endswith("/train") else state.charge.steps
+            have = state.reserved + account.remaining_cost
+            granted = wanted if state.reserved and not state.attempt else 0
+            if not granted:
+                granted = affordable_steps(state.charge, account.order, have, max(0, wanted))
+            top_up = max(0, price(state.charge, account.order, granted) - state.reserved)
+            attempt, epoch = state.attempt + 1, state.epoch + 1
+            draft.append(
+                account=name,
+                kind="open",
+                key=key,
+                lease=lease,
+                cost=top_up,
+                reserved=top_up,
+                lease_reserved=state.reserved + top_up,
+                attempt=attempt,
+                body={"by": state.by, "epoch": epoch, "done": done, "granted": granted},
+            )
+            steps[name] = granted
+        return Attempt(lease, attempt, epoch, steps)
 
     def authorise(self, lease: str, epoch: int, account: str, block: int) -> Grant | None:
         """Charge the next block before it runs; None when the attempt's plan is at its end.
@@ -218,71 +226,80 @@ class Leases:
         """
         whole("block", block, 1, STEPS_BOUNDS[1])
         whole("epoch", epoch, 0, STEPS_BOUNDS[1])
-        with self.ledger.writing() as connection:
-            state = self._state(connection, lease, account)
-            if state.running is None or epoch != state.running["epoch"]:
-                raise PurserError(
-                    f"lease {lease}: this attempt is over (epoch {epoch}, the ledger is at {state.epoch}); "
-                    "another attempt began or the lease was closed. Nothing was charged."
-                )
-            granted = state.running["steps"]
-            key = _key("authorise", lease, account, state.attempts, block)
-            start, stop = (block - 1) * state.charge.block, min(block * state.charge.block, granted)
-            again = self.ledger.by_key(connection, key)
-            if again:
-                return Grant(start, stop, again["cost"])
-            paid = [
-                row["block"] for row in state.rows if row["kind"] == "authorise" and row["attempt"] == state.attempts
-            ]
-            if block != len(paid) + 1:
-                raise PurserError(f"lease {lease}: block {block} was asked for out of turn; next is {len(paid) + 1}.")
-            if start >= stop:
-                return None
-            cost = block_cost(state.charge.mechanism, self.books.read(connection, account).order, start, stop)
-            if cost > state.reserved:
-                raise PurserError(f"lease {lease}: block {block} costs more than is reserved; nothing was charged.")
-            self.ledger.append(
-                connection,
-                account=account,
-                kind="authorise",
-                key=key,
-                lease=lease,
-                cost=cost,
-                spent=cost,
-                reserved=-cost,
-                lease_reserved=state.reserved - cost,
-                attempt=state.attempts,
-                block=block,
-                body={
-                    "by": state.by,
-                    "epoch": epoch,
-                    "mechanism": state.charge.to_json()["mechanism"],
-                    "steps": stop - start,
-                },
-            )
-            return Grant(start, stop, cost)
+        return self.ledger.write(lambda draft: self._authorise(draft, lease, epoch, account, block))
 
-    def close(self, lease: str, kind: str, status: str) -> dict[str, int]:
+    def _authorise(self, draft: Draft, lease: str, epoch: int, account: str, block: int) -> Grant | None:
+        state = self._state(draft, lease, account)
+        if not state.running or epoch != state.epoch:
+            raise PurserError(
+                f"lease {lease}: this attempt is over (epoch {epoch}, the ledger is at {state.epoch}); "
+                "another attempt began or the lease was closed. Nothing was charged."
+            )
+        key = _key("authorise", lease, account, state.attempt, block)
+        start, stop = (block - 1) * state.charge.block, min(block * state.charge.block, state.granted)
+        if block <= state.paid:
+            again = draft.by_key(key)
+            assert again is not None
+            return Grant(start, stop, again["cost"])
+        if block != state.paid + 1:
+            raise PurserError(f"lease {lease}: block {block} was asked for out of turn; next is {state.paid + 1}.")
+        if start >= stop:
+            return None
+        cost = block_cost(state.charge.mechanism, state.order, start, stop)
+        if cost > state.reserved:
+            raise PurserError(f"lease {lease}: block {block} costs more than is reserved; nothing was charged.")
+        draft.append(
+            account=account,
+            kind="authorise",
+            key=key,
+            lease=lease,
+            cost=cost,
+            spent=cost,
+            reserved=-cost,
+            lease_reserved=state.reserved - cost,
+            attempt=state.attempt,
+            block=block,
+            body={
+                "by": state.by,
+                "epoch": epoch,
+                "granted": state.granted,
+                "mechanism": state.mechanism,
+                "steps": stop - start,
+            },
+        )
+        draft.memo(account)[lease] = replace(state, paid=block, reserved=state.reserved - cost)
+        return Grant(start, stop, cost)
+
+    def epoch(self, lease: str) -> int:
+        """The epoch that `lease` is at, by which `close` tells a late call from a timely one."""
+        with self.ledger.reading() as view:
+            return max(self._state(view, lease, account).epoch for account in self._accounts(view, lease))
+
+    def close(self, lease: str, kind: str, status: str, epoch: int | None = None) -> dict[str, int]:
         """End `lease` and release what is still reserved; returns what it authorised, per account.
 
         `settle` ends it for good. `release` (a run that stopped or failed) and `expire` (a holder that died) end the
         attempt, so that it can authorise no more; `open` may begin another. Closing is the act of the lease's holder,
         who outlives its worker groups; workers never close.
+
+        Args:
+            epoch: what `epoch` answered when the holder decided to close: a call that was delayed until after a newer
+                attempt began closes nothing. None closes whatever is there.
         """
         if kind not in CLOSING:
             raise UsageError(f"lease {lease}: {kind!r} does not close a lease; {', '.join(CLOSING)} do.")
-        with self.ledger.writing() as connection:
-            return self._close(connection, lease, kind, status)
+        return self.ledger.write(lambda draft: self._close(draft, lease, kind, status, epoch))
 
-    def _close(self, connection: sa.Connection, lease: str, kind: str, status: str) -> dict[str, int]:
+    def _close(self, draft: Draft, lease: str, kind: str, status: str, epoch: int | None = None) -> dict[str, int]:
         spent = {}
-        for account in self._accounts(connection, lease):
-            state = self._state(connection, lease, account)
-            spent[account] = sum(row["cost"] for row in state.rows if row["kind"] == "authorise")
-            if state.settled or (kind != "settle" and state.rows[-1]["kind"] in CLOSING):
+        for account in self._accounts(draft, lease):
+            state = self._state(draft, lease, account)
+            spent[account] = draft.charged(lease, account)
+            closed = bool(state.epoch) and not state.running
+            late = epoch is not None and epoch != state.epoch
+            if state.settled or late or (closed and kind != "settle"):
                 continue
-            self.ledger.append(
-                connection,
+            draft.append(
                 account=account,
                 kind=kind,
                 key=_key(kind, lease, account, state.epoch + 1),
@@ -290,57 +307,73 @@ class Leases:
                 cost=state.reserved,
                 reserved=-state.reserved,
                 lease_reserved=0,
+                attempt=state.attempt,
                 body={"by": state.by, "epoch": state.epoch + 1, "status": status},
             )
         return spent
 
     def settled(self, lease: str) -> bool:
         """Whether `lease` was ended for good."""
-        with self.ledger.reading() as connection:
-            accounts = self.ledger.accounts_of_lease(connection, lease)
-            return any(self._state(connection, lease, account).settled for account in accounts)
+        with self.ledger.reading() as view:
+            return any(self._state(view, lease, account).settled for account in view.accounts_of_lease(lease))
+
+    def holds(self, account: str) -> list[Hold]:
+        """Who holds what of `account`, last reserved first."""
+        with self.ledger.reading() as view:
+            held = list(view.holders(account))
+        return [Hold(row["lease"], json.loads(row["body"])["by"], row["lease_reserved_after"]) for row in held]
 
     def expire_dead(self) -> list[str]:
         """Close the leases whose holder no longer lives; returns their names."""
         if self._is_alive is None:
             return []
-        with self.ledger.reading() as connection:
-            if not self._dead(connection):
+        with self.ledger.reading() as view:
+            if not self._dead(view):
                 return []
-        with self.ledger.writing() as connection:  # asked again under the lock: a run may have been resumed in between
-            dead = self._dead(connection)
-            for lease in dead:
-                self._close(connection, lease, "expire", "its holder died")
-            return dead
+        return self.ledger.write(self._expire_dead)
 
-    def _dead(self, connection: sa.Connection) -> list[str]:
+    def _expire_dead(self, draft: Draft) -> list[str]:
+        dead = self._dead(draft)  # asked again under the lock: a run may have been resumed in between
+        for lease in dead:
+            self._close(draft, lease, "expire", "its holder died")
+        return dead
+
+    def _dead(self, view: View) -> list[str]:
         assert self._is_alive is not None
-        holders = self.ledger.holders(connection)
-        return [lease for lease, body in holders.items() if not self._is_alive(json.loads(body)["by"])]
+        held = {row["lease"]: json.loads(row["body"])["by"] for name in view.accounts() for row in view.holders(name)}
+        living = {by: self._is_alive(by) for by in sorted(set(held.values()))}
+        return [lease for lease, by in held.items() if not living[by]]
 
-    def _accounts(self, connection: sa.Connection, lease: str) -> list[str]:
-        accounts = self.ledger.accounts_of_lease(connection, lease)
+    def _accounts(self, view: View, lease: str) -> list[str]:
+        accounts = view.accounts_of_lease(lease)
         if not accounts:
             raise UsageError(f"lease {lease}: it was never reserved in this ledger.")
         return accounts
 
-    def _state(self, connection: sa.Connection, lease: str, account: str) -> _State:
-        rows = [row for row in self.ledger.of_lease(connection, lease, account) if row["kind"] != "refuse"]
-        if not rows:
+    def _state(self, view: View, lease: str, account: str) -> _State:
+        memo = view.memo(account)
+        known: _State | None = memo.get(lease)
+        if known is not None:
+            return known
+        first, newest = view.by_key(_key("reserve", lease, account)), view.newest(lease, account)
+        if first is None or newest is None:
             raise UsageError(f"lease {lease}: it holds nothing on {account}.")
-        bodies = [json.loads(row["body"]) for row in rows]
-        first = {key: bodies[0][key] for key in ("account", "mechanism", "steps", "block")}
-        acts = [i for i, row in enumerate(rows) if row["kind"] in ("open", *CLOSING)]
-        return _State(
-            charge=Charge.from_json(first),
-            by=bodies[0]["by"],
-            epoch=max(body["epoch"] for body in bodies),
-            attempts=sum(row["kind"] == "open" for row in rows),
-            reserved=rows[-1]["lease_reserved_after"],
-            settled=any(row["kind"] == "settle" for row in rows),
-            running=bodies[acts[-1]] if acts and rows[acts[-1]]["kind"] == "open" else None,
-            rows=rows,
+        made, now = json.loads(first["body"]), json.loads(newest["body"])
+        state = _State(
+            charge=Charge.from_json({key: made[key] for key in ("account", "mechanism", "steps", "block")}),
+            mechanism=made["mechanism"],
+            order=self.books.read(view, account).order,
+            by=made["by"],
+            epoch=now["epoch"],
+            attempt=newest["attempt"] or 0,
+            granted=now.get("granted", 0),
+            paid=newest["block"] or 0,
+            reserved=newest["lease_reserved_after"],
+            running=newest["kind"] in ("open", "authorise"),
+            settled=newest["kind"] == "settle",
         )
+        memo[lease] = state
+        return state
 
 
 def _key(kind: str, lease: str, *parts: object) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.accounting.ledger import GENESIS, entry_hash
+from cluster.accounting.schema import GENESIS, entry_hash
 from cluster.errors import UsageError
 
 # kind → what an entry's cost does to (spent, reserved)
