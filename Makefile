@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.purser-ready
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test soak bench lint clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -27,6 +27,15 @@ lint: $(STAMP)
 
 test: lint
 	@$(BIN)/python -m pytest
+
+# The same tests with large counts: hours instead of minutes.
+soak: $(STAMP)
+	@PURSER_SOAK=1 $(BIN)/python -m pytest
+
+bench: $(STAMP)
+	@for file in tests/benchmarks/[a-z]*.py; do \
+		name=$$(basename $$file .py); echo "$$name"; $(BIN)/python -m tests.benchmarks.$$name || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV)

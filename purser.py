@@ -6,6 +6,7 @@ It starts in under half a second: whatever needs torch or Ray is imported by the
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ import typer
 from cluster import display, environment
 from cluster.accounting import orders
 from cluster.accounting.books import Books
+from cluster.accounting.leases import PROTOCOL, Leases
 from cluster.accounting.ledger import Ledger
 from cluster.errors import PurserError, Refused, UsageError, without_content
 from cluster.screen import Screen
@@ -30,6 +32,8 @@ app = typer.Typer(
 )
 budget = typer.Typer(help="The books: accounts and everything they were charged.", no_args_is_help=True)
 app.add_typer(budget, name="budget")
+accountant = typer.Typer(help="The shared ledger of a cluster.", no_args_is_help=True)
+app.add_typer(accountant, name="accountant")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A job file, such as infra/jobs/digits.yaml.")]
 OptionalJob = Annotated[Path | None, typer.Argument(metavar="JOB", help="A job file; not with --resume.")]
@@ -89,7 +93,7 @@ def plan(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> No
     screen = Screen(as_json)
     books = _books()
     made = make(books, _job(job, overrides))
-    screen.say(f"Ledger {books.ledger.url}")
+    screen.say(f"Ledger {books.ledger.place}")
     screen.say(plan_table(made))
     if not made.exists:
         screen.say("There is no such account yet; these are the orders it would be given.")
@@ -148,7 +152,7 @@ def create(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> 
     screen = Screen(as_json)
     whole = _job(job, overrides)
     books = _books()
-    screen.say(f"Ledger {books.ledger.url}")
+    screen.say(f"Ledger {books.ledger.place}")
     dataset, plans, privacy = whole.dataset([source_of(books, whole.plain)]), planned(whole), whole.privacy
     accounts = books.create(dataset, privacy.epsilon, privacy.delta, plans, whole.tuning.trials)
     for name in whole.accounts:
@@ -165,7 +169,7 @@ def list_accounts(as_json: Json = False) -> None:
     screen = Screen(as_json)
     books = _books()
     accounts = [books.show(name) for name in books.names()]
-    screen.say(f"Ledger {books.ledger.url}")
+    screen.say(f"Ledger {books.ledger.place}")
     screen.say(display.accounts_table(accounts) if accounts else "No accounts yet. Next: purser budget create JOB")
     screen.result({"accounts": [account.as_json() for account in accounts]})
 
@@ -177,12 +181,13 @@ def show(account: AccountName, as_json: Json = False) -> None:
     books = _books()
     shown = books.show(books.resolve(account))
     both = [shown] if "/" in account else [books.show(name) for name in shown.dataset.accounts()]
-    screen.say(f"Ledger {books.ledger.url}")
+    holds = {one.account: Leases(books).holds(one.account) for one in both}
+    screen.say(f"Ledger {books.ledger.place}")
     for one in both:
-        screen.say(display.account_card(one, books.last_run_cost(one.account)))
+        screen.say(display.account_card(one, books.last_run(one.account), holds[one.account]))
         screen.say()
     screen.say(f"Next: purser budget history {shown.account}")
-    screen.result(shown.as_json())
+    screen.result({**shown.as_json(), "reserved_by": [asdict(hold) for hold in holds[shown.account]]})
 
 
 @budget.command()
@@ -192,7 +197,7 @@ def history(account: AccountName, as_json: Json = False) -> None:
     books = _books()
     shown = books.show(books.resolve(account))
     rows = list(books.history(shown.account))
-    screen.say(f"Ledger {books.ledger.url}")
+    screen.say(f"Ledger {books.ledger.place}")
     screen.say(display.history_table(rows, shown.budget_cost))
     screen.say(f"Next: purser budget verify {shown.account} --head {shown.head['seq']}:{shown.head['hash']}")
     screen.result({"account": shown.account, "entries": rows})
@@ -205,22 +210,37 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Recompute the hash chain and the totals; with --head, also find a cut or rewritten chain."""
-    from cluster.accounting import verify as chain
+    from cluster.accounting.verify import parse_head
 
     screen = Screen(as_json)
     books = _books()
     name = books.resolve(account)
-    with books.ledger.reading() as connection:
-        verdict = chain.verify(
-            name, books.ledger.of_account(connection, name), chain.parse_head(head) if head else None
-        )
-    screen.say(f"Ledger {books.ledger.url}")
+    verdict = books.verify(name, parse_head(head) if head else None)
+    screen.say(f"Ledger {books.ledger.place}")
     word = "[green]valid[/]" if verdict.valid else "[red]not valid[/]"
     screen.say(f"{name}: {word}: {verdict.why}.")
     if verdict.head:
         screen.say(f"Head {verdict.head['seq']}:{verdict.head['hash']}; keep it somewhere else.")
     screen.result({k: getattr(verdict, k) for k in ("account", "valid", "first_bad_seq", "head", "why")})
     raise typer.Exit(0 if verdict.valid else 1)
+
+
+@accountant.command()
+def init(
+    service: Annotated[str | None, typer.Option(metavar="ROLE", help="Who may read and append, and no more.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make the ledger that PURSER_LEDGER names, as the role that owns its database; harmless if it is there."""
+    from cluster.accounting.ledger import init as make
+
+    screen = Screen(as_json)
+    make(environment.ledger_url(), service)
+    books = _books()
+    screen.say(f"Ledger {books.ledger.place} is made.")
+    if service:
+        screen.say(f"Set PURSER_LEDGER to the URL of {service} from here on: it may read and append, and nothing else.")
+    screen.say("Next: purser budget create JOB")
+    screen.result({"protocol": PROTOCOL, "ledger": books.ledger.identity, "accounts": books.names()})
 
 
 if __name__ == "__main__":

@@ -78,10 +78,12 @@ def run_folder(name: str, *, new: bool = False) -> Path:
 
 
 def _holder(name: str) -> Path:
-    """The lock file of the command called `name`: beside the ledger, which every command on it can see."""
-    import sqlalchemy as sa
+    """The lock file of the command called `name`: beside an embedded ledger, which every command on it can see."""
+    from sqlalchemy import make_url
 
-    folder = Path(sa.make_url(ledger_url()).database or home()).parent / "holders"
+    url = make_url(ledger_url())
+    beside = Path(url.database).parent if url.get_backend_name() == "sqlite" and url.database else home()
+    folder = beside / "holders"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder / name
 

@@ -23,9 +23,12 @@ def cpus() -> int:
 
 def environment() -> dict[str, str]:
     """Variables that Ray, its workers and our own code on them must agree on."""
+    url = ledger_url()
+    # Ray's dashboard shows these; a server's URL may hold a password, and only the accountant needs it.
+    embedded = {LEDGER: url} if url.startswith("sqlite") else {}
     return {
         HOME: str(home()),
-        LEDGER: ledger_url(),
+        **embedded,
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # runs show in the dashboard's Train tab
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         "RAY_AIR_NEW_OUTPUT": "0",

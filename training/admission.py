@@ -12,6 +12,7 @@ from cluster.accounting.books import Account, Books
 from cluster.accounting.costs import affordable_steps, least_noise_multiplier
 from cluster.accounting.leases import Shortage
 from cluster.accounting.mechanisms import NOISE_MULTIPLIER_BOUNDS, Charge, DiscreteGaussian
+from cluster.errors import UsageError
 from training import data
 from training.config import Job
 
@@ -28,6 +29,11 @@ def admit(books: Books, job: Job, plans: Mapping[str, Sequence[Charge]], trials:
     dataset = job.dataset([source_of(books, job)])
     if books.exists(job.account):
         return books.check(dataset, job.privacy.epsilon, job.privacy.delta), False
+    if not books.ledger.embedded:
+        raise UsageError(
+            f"account: {job.account} is not in {books.ledger.place}; on a shared ledger its owner makes it first, with "
+            "`purser budget create JOB`."
+        )
     return books.create(dataset, job.privacy.epsilon, job.privacy.delta, plans, trials), True
 
 

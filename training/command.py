@@ -18,6 +18,7 @@ from cluster.accounting.costs import epsilon_text
 from cluster.accounting.leases import Leases, explain
 from cluster.accounting.ledger import Ledger
 from cluster.accounting.mechanisms import Charge
+from cluster.accounting.presence import Presence
 from cluster.errors import UsageError
 from cluster.screen import Screen
 from training import release
@@ -41,7 +42,7 @@ def run(
     folder = environment.run_folder(name, new=resume is None)
     alive = environment.Alive(name)
     (folder / "job.json").write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    greet(screen, ledger.url, accounts, made)
+    greet(screen, ledger.place, accounts, made)
     planned = job.training.steps
     result = {
         "run": name,
@@ -54,7 +55,7 @@ def run(
         "release": None,
         "why": "",
     }
-    leases = Leases(books, environment.is_alive)
+    leases = Leases(books, Presence(ledger).is_alive)
     if resume is not None and leases.settled(resume):
         raise UsageError(f"RUN: {resume} is complete and settled; start a new run.")
     if resume is None:
@@ -70,7 +71,7 @@ def run(
         with local_ray(folder) as dashboard:
             client = start(ledger.url)
             screen.say(f"Ray is up, its dashboard is at http://{dashboard}; the workers are starting.")
-            with _progress(screen, books, job.accounts[0], name, planned):
+            with client.holding(name), _progress(screen, books, job.accounts[0], name, planned):
                 outcome = train(client, ledger.identity, job, name, name, folder)
             cost = charged(client, job, name)
     result |= {"status": outcome.status, "authorised_steps": cost.steps, "epsilon_of_run": cost.epsilon}
@@ -119,7 +120,7 @@ def _progress(screen: Screen, books: Books, account: str, lease: str, planned: i
     def watch() -> None:
         told = 0
         while not over.wait(0.5):
-            steps = books.authorised_steps(account, lease)
+            steps = sum(entry["steps"] for entry in books.charged(lease, account))
             if steps > told:
                 told = steps
                 screen.say(f"  {steps} of {planned} steps authorised")

@@ -12,6 +12,7 @@ from cluster import environment
 from cluster.accounting.books import Account, Books
 from cluster.accounting.leases import Leases, explain
 from cluster.accounting.ledger import Ledger
+from cluster.accounting.presence import Presence
 from cluster.errors import PurserError, UsageError
 from cluster.screen import Screen
 from training import release
@@ -41,9 +42,9 @@ def tune(job: SweepJob, screen: Screen) -> dict[str, Any]:
     folder = environment.run_folder(name, new=True)
     alive = environment.Alive(name)
     (folder / "job.json").write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    greet(screen, ledger.url, accounts, made)
+    greet(screen, ledger.place, accounts, made)
 
-    leases = Leases(books, environment.is_alive)
+    leases = Leases(books, Presence(ledger).is_alive)
     leases.expire_dead()
     if any(leases.fits(run.charges()).fits for run in candidates(job)):
         trials = _run(job, ledger, name, folder, screen)
@@ -77,7 +78,8 @@ def _run(job: SweepJob, ledger: Ledger, name: str, folder: Path, screen: Screen)
         with local_ray(folder) as dashboard:
             client = start(ledger.url)
             screen.say(f"Ray is up, its dashboard is at http://{dashboard}.")
-            return Sweep(client, ledger.identity, job, name, folder, screen.say).run()
+            with client.holding(name):
+                return Sweep(client, ledger.identity, job, name, folder, screen.say).run()
 
 
 def _refuse_all(job: SweepJob, leases: Leases, name: str) -> list[Trial]:

@@ -1,39 +1,72 @@
 """The accountant actor and the client that fails closed: the only file of this room that imports Ray.
 
-A plain class over the books, decorated at one place. It is single-threaded: calls are served one at a time, each
-durable before it answers. The actor holds no state that the ledger does not: it may die and restart at any moment.
-Enforcement inside Ray is cooperative: who runs code in the cluster could write to the ledger itself (see README).
+A plain class over the books, decorated at one place. Its threads serve many callers at once; whoever waits for a
+commit shares it, see `Ledger.write`. It holds nothing that the ledger does not, but for heartbeats: it may die and
+restart at any moment. Enforcement inside Ray is cooperative: who runs code in the cluster could write to the ledger
+itself (see README).
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
 from cluster.accounting.books import Account, Books
-from cluster.accounting.leases import Answer, Attempt, Grant, Leases
+from cluster.accounting.leases import PROTOCOL, Answer, Attempt, Grant, Leases
 from cluster.accounting.ledger import Ledger
 from cluster.accounting.mechanisms import Charge
-from cluster.environment import ACCOUNTANT, NAMESPACE, is_alive
+from cluster.accounting.presence import BEAT, GRACE, Presence
+from cluster.environment import ACCOUNTANT, NAMESPACE
 from cluster.errors import PurserError, Unreachable, UsageError
 
-PROTOCOL = 1
+THREADS = 64  # callers served at once; they mostly wait for a commit
 
 
 class Accountant:
-    """What the actor serves; see `Leases` and `Books` for the meaning of each call."""
+    """What the actor serves; see `Leases` and `Books` for the meaning of each call.
 
-    def __init__(self, url: str) -> None:
-        self._books = Books(Ledger(url))
-        self._leases = Leases(self._books, is_alive)
+    Made without a look at the ledger: an actor that cannot be made is never restarted, a database comes back.
+    """
+
+    def __init__(self, url: str, grace: float = GRACE) -> None:
+        self._url, self._grace = url, grace
+        self._opening = threading.Lock()
+        self._opened: tuple[Books, Leases, Presence] | None = None
+        self._swept = time.monotonic()
+
+    def _desk(self) -> tuple[Books, Leases, Presence]:
+        if self._opened is None:
+            with self._opening:
+                if self._opened is None:
+                    books = Books(Ledger(self._url))
+                    presence = Presence(books.ledger, grace=self._grace)
+                    self._opened = books, Leases(books, presence.is_alive), presence
+        return self._opened
+
+    @property
+    def _books(self) -> Books:
+        return self._desk()[0]
+
+    @property
+    def _leases(self) -> Leases:
+        return self._desk()[1]
 
     def describe(self) -> dict[str, Any]:
         """Protocol version and ledger identity, which clients check before anything else."""
         return {"protocol": PROTOCOL, "ledger": self._books.ledger.identity}
+
+    def beat(self, holder: str) -> None:
+        """`holder` lives; and now and then, those who do not lose what they had reserved."""
+        self._desk()[2].beat(holder)
+        if time.monotonic() - self._swept > self._grace / 4:
+            self._swept = time.monotonic()
+            self._leases.expire_dead()
 
     def fits(self, charges: Sequence[Charge]) -> Answer:
         """Read only: would these be granted now?"""
@@ -49,21 +82,26 @@ class Accountant:
         """Begin a new attempt."""
         return self._leases.open(lease, nonce, done)
 
-    def authorise(self, lease: str, epoch: int, account: str, block: int) -> Grant | None:
-        """Charge a block before it runs."""
-        return self._leases.authorise(lease, epoch, account, block)
+    def authorise(self, lease: str, epoch: int, account: str, block: int) -> tuple[int, int, int] | None:
+        """Charge a block before it runs; a plain tuple, since this is the call that is made all the time."""
+        grant = self._leases.authorise(lease, epoch, account, block)
+        return None if grant is None else (grant.start, grant.stop, grant.cost)
 
-    def close(self, lease: str, kind: str, status: str) -> dict[str, int]:
+    def epoch(self, lease: str) -> int:
+        """The epoch that a lease is at."""
+        return self._leases.epoch(lease)
+
+    def close(self, lease: str, kind: str, status: str, epoch: int | None = None) -> dict[str, int]:
         """Settle or release a lease."""
-        return self._leases.close(lease, kind, status)
+        return self._leases.close(lease, kind, status, epoch)
 
     def show(self, account: str) -> Account:
         """An account as it stands."""
         return self._books.show(account)
 
     def charged(self, lease: str, account: str) -> list[dict[str, Any]]:
-        """The `authorise` entries of `lease` on `account`, as the history prints them."""
-        return [row for row in self._books.history(account) if row["lease"] == lease and row["kind"] == "authorise"]
+        """See `Books.charged`."""
+        return self._books.charged(lease, account)
 
     def partition_key(self, dataset: str) -> str:
         """The hidden partition key; only for workers inside the boundary."""
@@ -77,23 +115,24 @@ class Accountant:
         return "Accountant(purser)"
 
 
-def start(url: str) -> AccountantClient:
+def start(url: str, served: type[Accountant] = Accountant, **options: Any) -> AccountantClient:
     """Find or make the accountant of this Ray cluster: named, detached, on the head node, restarted without end.
 
     Raises:
         UsageError: one is there already, but of another version or over another ledger.
     """
-    actor = ray.remote(Accountant).options(
+    actor = ray.remote(served).options(
         name=ACCOUNTANT,
         namespace=NAMESPACE,
         lifetime="detached",
         get_if_exists=True,
+        max_concurrency=THREADS,
         max_restarts=-1,
         max_task_retries=-1,  # safe: every act has an idempotency key
         num_cpus=0,
         resources={"node:__internal_head__": 0.001},
     )
-    actor.remote(url)
+    actor.remote(url, **options)
     return connect(Ledger(url).identity)
 
 
@@ -133,18 +172,38 @@ class AccountantClient:
                 return ray.get(getattr(self._handle, method).remote(*args), timeout=left)
             except RayTaskError as error:
                 cause = error.cause
-                if isinstance(cause, PurserError):
+                if not isinstance(cause, PurserError):
+                    raise PurserError(
+                        f"accountant: {method} failed ({type(cause).__name__}); nothing was granted."
+                    ) from None
+                if not isinstance(cause, Unreachable) or time.monotonic() >= deadline:
                     raise type(cause)(*cause.args) from None
-                raise PurserError(
-                    f"accountant: {method} failed ({type(cause).__name__}); nothing was granted."
-                ) from None
             except (ActorDiedError, ActorUnavailableError, RayActorError, GetTimeoutError):
                 if time.monotonic() >= deadline:
                     raise Unreachable(
                         f"accountant: it did not answer {method} within {self._patience:.0f} s; the run stops, since "
                         "nothing may run that is not charged. Start it again with --resume."
                     ) from None
-                time.sleep(0.2)
+            time.sleep(0.2)
+
+    @contextmanager
+    def holding(self, holder: str) -> Iterator[None]:
+        """Send heartbeats for the leases of `holder` for as long as the block runs and this process lives."""
+        over = threading.Event()
+
+        def beats() -> None:
+            while True:
+                self._handle.beat.remote(holder)  # one that is lost is made up for by the next
+                if over.wait(BEAT):
+                    return
+
+        thread = threading.Thread(target=beats, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def describe(self) -> dict[str, Any]:
         """Protocol version and ledger identity."""
@@ -167,12 +226,12 @@ class AccountantClient:
 
     def authorise(self, lease: str, epoch: int, account: str, block: int) -> Grant | None:
         """See `Leases.authorise`."""
-        grant: Grant | None = self._call("authorise", lease, epoch, account, block)
-        return grant
+        grant = self._call("authorise", lease, epoch, account, block)
+        return None if grant is None else Grant(*grant)
 
     def close(self, lease: str, kind: str, status: str) -> dict[str, int]:
-        """See `Leases.close`."""
-        return dict(self._call("close", lease, kind, status))
+        """See `Leases.close`; should this call be delayed until after a newer attempt began, it closes nothing."""
+        return dict(self._call("close", lease, kind, status, self._call("epoch", lease)))
 
     def show(self, account: str) -> Account:
         """See `Books.show`."""
@@ -180,7 +239,7 @@ class AccountantClient:
         return shown
 
     def charged(self, lease: str, account: str) -> list[dict[str, Any]]:
-        """See `Accountant.charged`."""
+        """See `Books.charged`."""
         return list(self._call("charged", lease, account))
 
     def partition_key(self, dataset: str) -> str:
