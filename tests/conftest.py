@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from postgresql import Postgres
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DIGITS = REPOSITORY / "infra" / "jobs" / "digits.yaml"
+
+SOAK = os.environ.get("PURSER_SOAK") == "1"  # `make soak`: hours of random lives, kills and restarts
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # in-process Ray only; commands turn it on themselves
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
@@ -68,6 +71,20 @@ def purser(tmp_path) -> Purser:
     folder = tmp_path / "user"
     folder.mkdir()
     return Purser(tmp_path / "home", folder)
+
+
+@pytest.fixture(scope="session")
+def soak() -> bool:
+    """Whether large counts run instead of a few of each."""
+    return SOAK
+
+
+@pytest.fixture(scope="session")
+def postgresql():
+    """One PostgreSQL for the session, started from its binaries; skips where they are not installed."""
+    server = Postgres()
+    yield server
+    server.end()
 
 
 @pytest.fixture(scope="session")

@@ -36,8 +36,8 @@ def charged(purser):
     if not (purser.home / "ledger.db").exists():
         return 0
     ledger = Ledger(f"sqlite:///{purser.home / 'ledger.db'}")
-    with ledger.reading() as connection:
-        rows = [row for account in ledger.accounts(connection) for row in ledger.of_account(connection, account)]
+    with ledger.reading() as view:
+        rows = [row for account in view.accounts() for row in view.of_account(account)]
     return sum(row["kind"] not in ("account", "source", "refuse") for row in rows)
 
 
@@ -113,7 +113,7 @@ def test_a_missing_or_broken_job_file(purser):
     one_sentence(purser("train", "--resume", "never-was"), 2, "RUN")
     one_sentence(purser("budget", "show", "nobody"), 2, "ACCOUNT", "nobody")
     one_sentence(purser("frobnicate"), 2, "frobnicate")
-    one_sentence(purser("plan", DIGITS, PURSER_LEDGER="postgresql://x/y"), 2, "PURSER_LEDGER")
+    one_sentence(purser("plan", DIGITS, PURSER_LEDGER="mysql://x/y"), 2, "PURSER_LEDGER")
 
 
 def table(folder, name, rows):

@@ -126,8 +126,9 @@ class Leases:
         Raises:
             UsageError: two charges on one account, or a lease of this name with other charges.
         """
-        if not isinstance(lease, str) or not NAME.fullmatch(lease):
-            raise UsageError(f"lease: {lease!r} was given; a name is of letters, digits, '.', '_' and '-'.")
+        for field, name in (("lease", lease), ("by", by)):  # parts of keys, and names of files
+            if not isinstance(name, str) or not NAME.fullmatch(name):
+                raise UsageError(f"{field}: {name!r} was given; a name is of letters, digits, '.', '_' and '-'.")
         ordered = sorted(charges, key=lambda charge: charge.account)
         if len({charge.account for charge in ordered}) != len(ordered) or not ordered:
             raise UsageError(f"lease {lease}: it needs one charge for each of its accounts.")

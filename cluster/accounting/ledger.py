@@ -59,8 +59,6 @@ class _Request(Generic[T]):
         """What the act returned, now that it is durable."""
         if self._error is not None:
             raise self._error
-        if not self.ended:
-            raise _interrupted()
         return self._answer
 
 
@@ -189,6 +187,8 @@ class Ledger:
                 if self._leader is request:
                     self._lead(self._waiting[0] if self._waiting else None)
             for other in served:
+                if not other.ended:
+                    other.fail(_interrupted())
                 if other is not request:
                     other.wake()
         return request.answer()

@@ -24,6 +24,10 @@ _BEACON = 0x70757273  # the class of our advisory locks ("purs")
 _LIGHT = sa.text(f"SELECT pg_try_advisory_lock_shared({_BEACON}, :name)")
 _DOUSE = sa.text(f"SELECT pg_advisory_unlock_shared({_BEACON}, :name)")
 _PING = sa.text("SELECT 1")  # a session that was lost is found, and its beacons lit again
+_IDLE = sa.text(
+    "SELECT set_config('idle_session_timeout', :lapse, false) "
+    "WHERE current_setting('server_version_num')::int >= 140000"
+)
 _SEEN = sa.text(
     "SELECT EXISTS (SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 2 "
     "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
@@ -60,6 +64,7 @@ class Presence:
             return
         with self._turn:
             self._beats[holder] = self._clock()
+            self._absent.pop(holder, None)
             self._light()
 
     def is_alive(self, holder: str) -> bool:
@@ -81,9 +86,12 @@ class Presence:
         now = self._clock()
         self._beats = {name: at for name, at in self._beats.items() if now - at < self._lapse}
         try:
+            if self._beacons is not None and not self._answers(self._beacons):
+                self._beacons = None
             if self._beacons is None:
                 self._beacons, self._lit = self._ledger.session(), set()
-            self._beacons.execute(_PING)
+                # Should nobody call any more, the server ends the session: beacons need no timer of ours to go out.
+                self._beacons.execute(_IDLE, {"lapse": f"{self._lapse * 1000:.0f}"})
             for name in self._lit - set(self._beats):
                 self._beacons.execute(_DOUSE, {"name": _signed(name)})
                 self._lit.remove(name)
@@ -96,6 +104,15 @@ class Presence:
                 self._beacons.close()
             self._beacons = None
             raise self._ledger.failure(error) from None
+
+    def _answers(self, session: sa.Connection) -> bool:
+        try:
+            session.execute(_PING)
+        except self._ledger.errors:
+            session.invalidate()
+            session.close()
+            return False
+        return True
 
     def _seen(self, holder: str) -> bool:
         with self._ledger.reading() as view:

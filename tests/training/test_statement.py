@@ -16,7 +16,8 @@ from torch import nn
 from cluster.accounting.books import Books
 from cluster.accounting.costs import block_cost, epsilon_of
 from cluster.accounting.leases import Leases
-from cluster.accounting.ledger import Ledger, entry_hash
+from cluster.accounting.ledger import Ledger
+from cluster.accounting.schema import entry_hash
 from cluster.accounting.verify import verify
 from training.config import Job, Optimizer, parse
 from training.engine.run import DPSGDRun
@@ -104,9 +105,9 @@ def test_budget_and_charges_are_the_books_own(books, said):
 
 
 def test_hashes_and_heads_are_those_of_the_chain(books, said):
-    with books.ledger.reading() as connection:
+    with books.ledger.reading() as view:
         for part in said["partitions"]:
-            rows = list(books.ledger.of_account(connection, part["account"]))
+            rows = list(view.of_account(part["account"]))
             assert verify(part["account"], rows, (part["head"]["seq"], part["head"]["hash"])).valid
             for charge in part["charges"]:
                 row = rows[charge["seq"] - 1]

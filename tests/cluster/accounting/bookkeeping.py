@@ -1,26 +1,26 @@
-"""Shared by the tests of the accounting room: a small data set's books in a real SQLite file, a forger's tools."""
+"""Shared by the tests of the accounting room: a small data set, its charges, and a desk at which its books are kept."""
 
 from __future__ import annotations
 
-import functools
-import sqlite3
-import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cluster.accounting.books import Account, Books, Dataset
 from cluster.accounting.leases import Leases
-from cluster.accounting.ledger import GENESIS, Ledger, entry_hash
+from cluster.accounting.ledger import Ledger
 from cluster.accounting.mechanisms import Charge, DiscreteGaussian, PoissonSubsampledGaussian
-from cluster.accounting.verify import Verdict, verify
+from cluster.accounting.verify import Verdict
 
 TRAIN, VALIDATION = "digits/train", "digits/validation"
 STEP = PoissonSubsampledGaussian(sample_rate=0.25, noise_multiplier=8.0)
+CHEAP = PoissonSubsampledGaussian(sample_rate=0.01, noise_multiplier=20.0)  # hundreds of thousands of steps fit
 HISTOGRAM = DiscreteGaussian(scale=5.0, l2_sensitivity=1)
 EPSILON, DELTA = 3.0, 1e-4
+KINDS = ("sqlite", "postgresql")
+
+Row = dict[str, Any]
+Contents = tuple[list[Row], list[Row]]  # what both tables hold
 
 
 def digits(name: str = "digits", **changes: Any) -> Dataset:
@@ -41,14 +41,14 @@ def plans(dataset: Dataset) -> dict[str, list[Charge]]:
     return {train: [Charge(train, STEP, 80, 20)], validation: [Charge(validation, HISTOGRAM, 1, 1)]}
 
 
-def training(steps: int = 80) -> Charge:
+def training(steps: int = 80, account: str = TRAIN) -> Charge:
     """A charge of training steps, in blocks of 20; seven of 80 steps fit in the budget."""
-    return Charge(TRAIN, STEP, steps, 20)
+    return Charge(account, STEP, steps, 20)
 
 
-def evaluation(times: int = 1) -> Charge:
+def evaluation(times: int = 1, account: str = VALIDATION) -> Charge:
     """A charge of noised evaluations, one per block."""
-    return Charge(VALIDATION, HISTOGRAM, times, 1)
+    return Charge(account, HISTOGRAM, times, 1)
 
 
 @dataclass(frozen=True)
@@ -62,47 +62,31 @@ class Desk:
     def account(self, name: str = TRAIN) -> Account:
         return self.books.show(name)
 
-    def rows(self, account: str = TRAIN) -> list[dict[str, Any]]:
-        with self.ledger.reading() as connection:
-            return list(self.ledger.of_account(connection, account))
+    def rows(self, account: str = TRAIN) -> list[Row]:
+        with self.ledger.reading() as view:
+            return list(view.of_account(account))
 
     def totals(self) -> list[tuple[int, int, int]]:
         """(entries, spent, reserved) of both accounts: equal before and after an act that must change nothing."""
         return [(a.head["seq"], a.spent_cost, a.reserved_cost) for a in map(self.account, (TRAIN, VALIDATION))]
 
     def verdict(self, account: str = TRAIN, head: tuple[int, str] | None = None) -> Verdict:
-        with self.ledger.reading() as connection:
-            return verify(account, self.ledger.of_account(connection, account), head)
+        return self.books.verify(account, head)
 
     def all_valid(self) -> bool:
         return all(self.verdict(account).valid for account in (TRAIN, VALIDATION))
 
 
-def url(file: Path) -> str:
-    return f"sqlite:///{file}"
-
-
-def desk_at(file: Path, is_alive: Callable[[str], bool] | None = None) -> Desk:
-    """Open the ledger in `file`; it is made where it is missing."""
-    ledger = Ledger(url(file))
-    books = Books(ledger)
-    return Desk(ledger, books, Leases(books, is_alive))
-
-
-@functools.cache
-def _made_once() -> bytes:
-    """The file of a new ledger with the accounts of `digits`: choosing their orders takes longer than most tests."""
-    with tempfile.TemporaryDirectory() as folder:
-        desk = desk_at(Path(folder) / "ledger.db")
-        desk.books.create(digits(), EPSILON, DELTA, plans(digits()), 8)
-        desk.ledger._engine.dispose()  # the last connection to close moves the write-ahead log into the file
-        return (Path(folder) / "ledger.db").read_bytes()
-
-
-def desk_with_digits(file: Path, is_alive: Callable[[str], bool] | None = None) -> Desk:
-    """A new ledger in `file` that holds the accounts of `digits`."""
-    file.write_bytes(_made_once())
-    return desk_at(file, is_alive)
+def desk_at(
+    url: str,
+    is_alive: Callable[[str], bool] | None = None,
+    ledger: type[Ledger] = Ledger,
+    leases: type[Leases] = Leases,
+) -> Desk:
+    """Sit down at the ledger called `url`; a SQLite file is made where it is missing."""
+    opened = ledger(url)
+    books = Books(opened)
+    return Desk(opened, books, leases(books, is_alive))
 
 
 def run_attempt(desk: Desk, lease: str, nonce: str, blocks: int, done: int = 0) -> int:
@@ -121,31 +105,6 @@ def fill(desk: Desk, leaving: int = 0) -> int:
     return count
 
 
-def copy_database(source: Path, target: Path) -> None:
-    """What an operator's backup does: a consistent copy of one moment, write-ahead log included."""
-    with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(target)) as new:
-        new.execute("PRAGMA synchronous=OFF")
-        old.backup(new)
-
-
-def forge(file: Path, *statements: str, values: Mapping[str, Any] | None = None) -> None:
-    """Change the file behind the ledger's back, as whoever owns the file can: drop the triggers, then run SQL."""
-    with closing(sqlite3.connect(file)) as connection, connection:
-        connection.execute("PRAGMA synchronous=OFF")  # a forgery need not survive a power cut, and there are hundreds
-        for table in ("entries", "secrets"):
-            for act in ("update", "delete"):
-                connection.execute(f"DROP TRIGGER IF EXISTS {table}_no_{act}")
-        for statement in statements:
-            connection.execute(statement, values or {})
-
-
-def rewrite_chain(desk: Desk, file: Path, seq: int, change: Mapping[str, Any], account: str = TRAIN) -> None:
-    """Alter entry `seq` and recompute every hash from it on, so that the chain is whole in itself again."""
-    previous = GENESIS
-    for row in desk.rows(account):
-        row["prev_hash"] = previous
-        if row["seq"] == seq:
-            row.update(change)
-        row["hash"] = previous = entry_hash(row)
-        columns = ", ".join(f"{name} = :{name}" for name in row)
-        forge(file, f"UPDATE entries SET {columns} WHERE account = :account AND seq = :seq", values=row)
+def charged(rows: Sequence[Row]) -> int:
+    """What these entries authorised in all."""
+    return sum(row["cost"] for row in rows if row["kind"] == "authorise")

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import sqlite3
-from contextlib import closing
 
 import pytest
 from bookkeeping import (
@@ -16,8 +14,6 @@ from bookkeeping import (
     STEP,
     TRAIN,
     VALIDATION,
-    desk_at,
-    desk_with_digits,
     digits,
     evaluation,
     plans,
@@ -30,21 +26,17 @@ from cluster.errors import PurserError, UsageError
 
 
 @pytest.fixture
-def file(tmp_path):
-    return tmp_path / "ledger.db"
-
-
-@pytest.fixture
-def desk(file):
-    return desk_with_digits(file)
+def new(places):
+    """A ledger without accounts."""
+    return places.empty().desk()
 
 
 def create(desk, dataset, epsilon=EPSILON, delta=DELTA):
     return desk.books.create(dataset, epsilon, delta, plans(dataset), 8)
 
 
-def test_both_partitions_get_the_whole_budget(file):
-    train, validation = create(desk_at(file), digits())
+def test_both_partitions_get_the_whole_budget(new):
+    train, validation = create(new, digits())
     assert (train.account, validation.account) == (TRAIN, VALIDATION)
     for account in (train, validation):
         assert (account.epsilon, account.delta, account.dataset) == (EPSILON, DELTA, digits())
@@ -55,8 +47,8 @@ def test_both_partitions_get_the_whole_budget(file):
     assert train.epsilon_of(train.budget_cost) == pytest.approx(EPSILON)
 
 
-def test_what_was_made_reads_back_from_another_process_s_view(desk, file):
-    again = desk_at(file)
+def test_what_was_made_reads_back_from_another_process_s_view(place, desk):
+    again = place.desk()
     assert [again.account(name) for name in (TRAIN, VALIDATION)] == [desk.account(n) for n in (TRAIN, VALIDATION)]
     assert again.books.names() == [TRAIN, VALIDATION]
     assert again.books.exists("digits")
@@ -70,8 +62,8 @@ def test_create_is_all_or_none(desk):
     with pytest.raises(PurserError):
         create(desk, twice)
     assert desk.books.names() == [TRAIN, VALIDATION]
-    with desk.ledger.reading() as connection:
-        assert desk.ledger.by_key(connection, "source:new") is None
+    with desk.ledger.reading() as view:
+        assert view.by_key("source:new") is None
     with pytest.raises(UsageError):
         desk.books.partition_key("letters")
     assert create(desk, digits("letters", sources=("new",)))  # and nothing is in the way of a good one
@@ -94,8 +86,8 @@ def test_a_second_create_is_refused(desk, changes):
         create(desk, digits(**changes), epsilon=8.0)
     assert desk.totals() == before
     assert desk.account().epsilon == EPSILON
-    with desk.ledger.reading() as connection:
-        assert desk.ledger.by_key(connection, "source:other") is None
+    with desk.ledger.reading() as view:
+        assert view.by_key("source:other") is None
 
 
 @pytest.mark.parametrize(
@@ -133,36 +125,32 @@ def test_check_of_an_unknown_dataset_says_how_to_make_it(desk):
 
 
 @pytest.mark.parametrize("delta", [1 / 1797, 1e-3, 0.5, 1.0])
-def test_delta_must_be_below_one_in_the_number_of_units(file, delta):
-    desk = desk_at(file)
+def test_delta_must_be_below_one_in_the_number_of_units(new, delta):
     with pytest.raises(UsageError, match=r"privacy\.delta"):
-        create(desk, digits(), delta=delta)
-    assert desk.books.names() == []
-    assert create(desk, digits(), delta=1 / 1798)
+        create(new, digits(), delta=delta)
+    assert new.books.names() == []
+    assert create(new, digits(), delta=1 / 1798)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0, 0.0, -3.0, 1e-4, 101.0, True, "3", None])
-def test_bad_epsilon_is_refused_by_name(file, value):
-    desk = desk_at(file)
+def test_bad_epsilon_is_refused_by_name(new, value):
     with pytest.raises(UsageError, match=r"privacy\.epsilon"):
-        create(desk, digits(), epsilon=value)
-    assert desk.books.names() == []
+        create(new, digits(), epsilon=value)
+    assert new.books.names() == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0, 0.0, -1e-5, 1e-31, 2.0, True, "1e-5", None])
-def test_bad_delta_is_refused_by_name(file, value):
-    desk = desk_at(file)
+def test_bad_delta_is_refused_by_name(new, value):
     with pytest.raises(UsageError, match=r"privacy\.delta"):
-        create(desk, digits(), delta=value)
-    assert desk.books.names() == []
+        create(new, digits(), delta=value)
+    assert new.books.names() == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0, 1, -5, 1797.0, 10**13, True, "1797", None])
-def test_bad_units_are_refused_by_name(file, value):
-    desk = desk_at(file)
+def test_bad_units_are_refused_by_name(new, value):
     with pytest.raises(UsageError, match=r"privacy\.units"):
-        create(desk, digits(units=value))
-    assert desk.books.names() == []
+        create(new, digits(units=value))
+    assert new.books.names() == []
 
 
 @pytest.mark.parametrize(
@@ -176,19 +164,18 @@ def test_bad_units_are_refused_by_name(file, value):
         ("validation_fraction", math.nan),  # this one fails with json's ValueError: refused, but by no field's name
     ],
 )
-def test_other_bad_facts_are_refused_by_name(file, field, value):
+def test_other_bad_facts_are_refused_by_name(new, field, value):
     with pytest.raises(UsageError, match=field):
-        create(desk_at(file), digits(**{field: value}))
+        create(new, digits(**{field: value}))
 
 
-def test_an_impossible_budget_is_refused(file):
-    desk = desk_at(file)
+def test_an_impossible_budget_is_refused(new):
     with pytest.raises(UsageError, match=r"privacy\.epsilon"):
-        create(desk, digits(), epsilon=0.001, delta=1e-30)
-    assert desk.books.names() == []
+        create(new, digits(), epsilon=0.001, delta=1e-30)
+    assert new.books.names() == []
 
 
-def test_keys_appear_nowhere_outside(desk, file):
+def test_keys_appear_nowhere_outside(place, desk):
     """Whoever holds the HMAC key can test guesses of records against fingerprints; the partition key tells who was
     trained on. Neither may be in what is printed, hashed or entered."""
     desk.leases.reserve("lease", "by", [training(), evaluation()])
@@ -199,8 +186,7 @@ def test_keys_appear_nowhere_outside(desk, file):
     assert len(set(keys)) == 2
     outside = json.dumps([list(desk.books.history(a)) for a in desk.books.names()]) + repr(desk.account())
     outside += desk.ledger.identity + repr(desk.verdict()) + repr(desk.leases.fits([training(8000)]))
-    with closing(sqlite3.connect(file)) as connection:
-        outside += repr(connection.execute("SELECT * FROM entries").fetchall())
+    outside += repr(place.contents()[0])
     assert "authorise" in outside
     for key in keys:
         assert len(key) == 64
@@ -227,9 +213,9 @@ def test_names_resolve(desk):
         desk.books.show("nobody")
 
 
-def test_an_empty_ledger_says_how_to_begin(file):
+def test_an_empty_ledger_says_how_to_begin(new):
     with pytest.raises(UsageError, match="budget create"):
-        desk_at(file).books.resolve("digits")
+        new.books.resolve("digits")
 
 
 def test_history_tells_mechanism_steps_and_author(desk):
@@ -249,16 +235,20 @@ def test_history_tells_mechanism_steps_and_author(desk):
 
 
 def test_authorised_steps_and_the_last_run_are_read_from_the_ledger(desk):
-    assert desk.books.last_run_cost(TRAIN) is None
-    for lease in ("first", "second"):
-        desk.leases.reserve(lease, lease, [training(), evaluation()])
+    assert desk.books.last_run(TRAIN) is None
+    for lease, steps in (("first", 80), ("second", 60)):
+        desk.leases.reserve(lease, lease, [training(steps), evaluation()])
     run_attempt(desk, "second", "nonce", 1)
     run_attempt(desk, "first", "nonce", 2)
-    assert desk.books.last_run_cost(TRAIN) == price(training(40), 6)
     run_attempt(desk, "second", "again", 3)
-    assert desk.books.last_run_cost(TRAIN) == price(training(20), 6) + price(training(60), 6)
-    assert [desk.books.authorised_steps(TRAIN, lease) for lease in ("first", "second", "none")] == [40, 80, 0]
-    assert desk.books.authorised_steps(VALIDATION, "second") == 0
+    assert not desk.leases.reserve("greedy", "greedy", [training(8000)]).fits
+    assert desk.books.last_run(TRAIN) == ("second", price(training(60), 6)), "what was refused is no run"
+    assert [sum(e["steps"] for e in desk.books.charged(lease, TRAIN)) for lease in ("first", "second", "none")] == [
+        40,
+        80,
+        0,
+    ]
+    assert desk.books.charged("second", VALIDATION) == []
 
 
 def test_an_account_prints_the_keys_of_the_contract(desk):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from bookkeeping import STEP, TRAIN, VALIDATION, desk_at, desk_with_digits, evaluation, fill, run_attempt, training
+from bookkeeping import STEP, TRAIN, VALIDATION, evaluation, fill, run_attempt, training
 
 from cluster.accounting.costs import affordable_steps, block_cost, price
 from cluster.accounting.leases import CLOSING
@@ -18,16 +18,6 @@ RUN = price(training(), ORDER)
 BLOCK = block_cost(STEP, ORDER, 0, 20)
 
 
-@pytest.fixture
-def desk(tmp_path):
-    return desk_with_digits(tmp_path / "ledger.db")
-
-
-@pytest.fixture
-def leases(desk):
-    return desk.leases
-
-
 def charged(desk, account=TRAIN):
     return sum(row["cost"] for row in desk.rows(account) if row["kind"] == "authorise")
 
@@ -35,11 +25,11 @@ def charged(desk, account=TRAIN):
 # Running
 
 
-def test_blocks_are_paid_one_by_one_before_they_run(desk, leases, tmp_path):
+def test_blocks_are_paid_one_by_one_before_they_run(place, desk, leases):
     leases.reserve("lease", "run", [training(50), evaluation()])
     attempt = leases.open("lease", "nonce")
     assert attempt.steps == {TRAIN: 50, VALIDATION: 1}
-    other = desk_at(tmp_path / "ledger.db")
+    other = place.desk()
     for block, (start, stop) in enumerate([(0, 20), (20, 40), (40, 50)], start=1):
         grant = leases.authorise("lease", attempt.epoch, TRAIN, block)
         assert (grant.start, grant.stop) == (start, stop)
@@ -54,9 +44,9 @@ def test_blocks_are_paid_one_by_one_before_they_run(desk, leases, tmp_path):
     assert desk.all_valid()
 
 
-def test_every_call_may_be_repeated(desk, leases, tmp_path):
+def test_every_call_may_be_repeated(place, desk, leases):
     """A client that lost an answer calls again, maybe through another accountant: same answer, same totals."""
-    other = desk_at(tmp_path / "ledger.db").leases
+    other = place.desk().leases
 
     def twice(call):
         first, before = call(leases), desk.totals()
@@ -285,9 +275,9 @@ def test_only_closing_kinds_close(desk, leases, kind):
     assert desk.totals() == before
 
 
-def test_only_the_leases_of_the_dead_expire(tmp_path):
+def test_only_the_leases_of_the_dead_expire(place):
     living = {"alive"}
-    desk = desk_with_digits(tmp_path / "ledger.db", is_alive=living.__contains__)
+    desk = place.desk(is_alive=living.__contains__)
     for lease, by in (("a", "alive"), ("b", "dead"), ("c", "dead"), ("d", "alive"), ("e", "dead"), ("f", "dead")):
         assert desk.leases.reserve(lease, by, [training(40), evaluation()]).fits
     run_attempt(desk, "b", "nonce", 1)
@@ -313,8 +303,8 @@ def test_where_nobody_can_tell_who_lives_nothing_expires(desk, leases):
     assert desk.totals() == before
 
 
-def test_an_expired_holder_that_was_only_slow_is_fenced_off(tmp_path):
-    desk = desk_with_digits(tmp_path / "ledger.db", is_alive=lambda by: False)
+def test_an_expired_holder_that_was_only_slow_is_fenced_off(place):
+    desk = place.desk(is_alive=lambda by: False)
     desk.leases.reserve("lease", "slow", [training()])
     epoch = run_attempt(desk, "lease", "nonce", 1)
     assert desk.leases.expire_dead() == ["lease"]

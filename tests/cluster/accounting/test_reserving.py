@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from bookkeeping import STEP, TRAIN, VALIDATION, desk_with_digits, evaluation, fill, training
+from bookkeeping import STEP, TRAIN, VALIDATION, evaluation, fill, training
 
 from cluster.accounting.costs import affordable_steps, block_cost, price
 from cluster.accounting.leases import explain
@@ -13,16 +13,6 @@ from cluster.errors import UsageError
 ORDER = 6
 RUN = price(training(), ORDER)
 BLOCK = block_cost(STEP, ORDER, 0, 20)
-
-
-@pytest.fixture
-def desk(tmp_path):
-    return desk_with_digits(tmp_path / "ledger.db")
-
-
-@pytest.fixture
-def leases(desk):
-    return desk.leases
 
 
 def kinds(desk, account=TRAIN):
@@ -97,9 +87,8 @@ def test_the_budget_can_be_filled_to_its_last_step(desk, leases):
 @pytest.mark.parametrize(("short", "fits"), [(0, True), (1, False)])
 def test_the_last_unit_of_the_budget_counts(desk, leases, short, fits):
     others = desk.account().budget_cost - RUN + short
-    with desk.ledger.writing() as connection:
-        desk.ledger.append(
-            connection,
+    desk.ledger.write(
+        lambda draft: draft.append(
             account=TRAIN,
             kind="reserve",
             key="reserve:others",
@@ -109,6 +98,7 @@ def test_the_last_unit_of_the_budget_counts(desk, leases, short, fits):
             lease_reserved=others,
             body={"by": "others"},
         )
+    )
     assert leases.fits([training()]).fits is fits
     assert leases.reserve("lease", "run", [training()]).fits is fits
     assert desk.account().remaining_cost == (0 if fits else RUN - 1)
@@ -165,6 +155,15 @@ def test_a_lease_needs_a_plain_name(desk, leases, name):
     before = desk.totals()
     with pytest.raises(UsageError, match="lease"):
         leases.reserve(name, "run", [training()])
+    assert desk.totals() == before
+
+
+@pytest.mark.parametrize("by", ["", "a/b", "../../etc/passwd", "a\0b", "a\nb", "a" * 300, None, 7])
+def test_a_holder_needs_a_plain_name(desk, leases, by):
+    """It is the name of a lock file: one that is none stops the sweep, and nobody's reservation is ever released."""
+    before = desk.totals()
+    with pytest.raises(UsageError, match="by"):
+        leases.reserve("lease", by, [training()])
     assert desk.totals() == before
 
 
