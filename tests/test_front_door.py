@@ -7,7 +7,7 @@ import json
 
 import pytest
 import yaml
-from conftest import DIGITS
+from product import DIGITS
 
 from cluster.accounting.ledger import Ledger
 
@@ -166,3 +166,22 @@ def test_rehearsal_needs_no_ray_and_charges_nothing(purser):
     assert ended.code == 0, ended.err
     assert 0.99 < ended.json["rehearsal"]["largest_norm"] <= 1.00001
     assert charged(purser) == 0
+
+
+def test_accountant_init_makes_a_ledger_once(purser):
+    made = purser("accountant", "init", "--json")
+    assert made.code == 0
+    assert set(made.json) == {"protocol", "ledger", "accounts"}
+    assert made.json["accounts"] == []
+    again = purser("accountant", "init", "--json")
+    assert again.json == made.json, "the same ledger, not another"
+    one_sentence(purser("accountant", "init", "--service", "trainer"), 2, "--service", "SQLite")
+
+
+def test_show_says_who_holds_what_in_json_too(purser):
+    assert purser("budget", "create", DIGITS).code == 0
+    shown = purser("budget", "show", "digits", "--json")
+    assert shown.json["reserved_by"] == []
+    assert {"account", "order", "budget_cost", "spent_cost", "reserved_cost", "remaining_cost", "head"} <= set(
+        shown.json
+    )

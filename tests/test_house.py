@@ -9,7 +9,7 @@ import tomllib
 import zipfile
 
 import pytest
-from conftest import REPOSITORY
+from product import REPOSITORY
 
 
 def test_the_wheel_holds_the_packages_and_no_tests(tmp_path):

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import DIGITS
+from product import DIGITS
 
 from cluster.accounting.costs import UNIT
 
@@ -73,7 +73,7 @@ def shadows(folder):
 @pytest.fixture(scope="module")
 def voyage(tmp_path_factory):
     """Three sweeps on one set of books."""
-    from conftest import Purser
+    from product import Purser
 
     root = tmp_path_factory.mktemp("voyage")
     (root / "user").mkdir()

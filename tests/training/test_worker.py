@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import ray.train
 import torch
-from conftest import DIGITS
+from product import DIGITS
 
 from cluster.accounting.books import Books
 from cluster.accounting.leases import Leases

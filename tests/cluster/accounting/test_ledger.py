@@ -8,8 +8,10 @@ import math
 import pytest
 import sqlalchemy as sa
 from bookkeeping import DELTA, EPSILON, TRAIN, VALIDATION, Desk, digits, evaluation, plans, run_attempt, training
-from crashes import Faults
+from broken import TrustsMemo
+from crashes import Faults, outcome
 
+from cluster.accounting import ledger, views
 from cluster.accounting.schema import canonical, hidden
 from cluster.errors import PurserError, UsageError
 
@@ -186,3 +188,47 @@ def test_a_reader_sees_one_moment_and_a_writer_need_not_wait_for_it(place, desk)
         assert view.charged("lease", TRAIN) == first["spent_after"]
     with desk.ledger.reading() as view:
         assert view.last(TRAIN)["seq"] == first["seq"] + 1
+
+
+def restored_behind_its_back(place, **kinds):
+    """An older copy is put back under an accountant at work; returns what it grants for the block that came after."""
+    desk = place.desk(**kinds)
+    desk.leases.reserve("lease", "run", [training(), evaluation()])
+    epoch = run_attempt(desk, "lease", "nonce", 1)
+    backup = place.contents()
+    for block in (2, 3):
+        assert desk.leases.authorise("lease", epoch, TRAIN, block)
+    place.put_back(backup)
+    return desk, outcome(lambda: desk.leases.authorise("lease", epoch, TRAIN, 4))
+
+
+def test_what_was_remembered_is_forgotten_when_an_older_copy_is_restored(place):
+    """Only a kept head finds the restoration; but from then on the books must again follow from what is in them."""
+    desk, done = restored_behind_its_back(place)
+    assert "out of turn; next is 2" in str(done.error)
+    assert desk.leases.authorise("lease", 1, TRAIN, 2)
+    assert desk.all_valid()
+
+
+def test_an_accountant_that_trusts_its_memory_is_caught(place, monkeypatch):
+    monkeypatch.setattr(ledger, "Draft", TrustsMemo)
+    desk, done = restored_behind_its_back(place)
+    assert done.error is None
+    assert not desk.verdict().valid
+
+
+def test_what_is_remembered_is_bounded_and_changes_no_answer(place, monkeypatch):
+    """A ledger of a year serves more leases than a process should hold."""
+    monkeypatch.setattr(views, "_MEMO", 2)
+    desk, other = place.desk(), place.desk()
+    names = tuple("abcdefgh")
+    for name in names:
+        assert desk.leases.reserve(name, name, [training(40)]).fits
+    epochs = {name: desk.leases.open(name, name).epoch for name in names}
+    for block in (1, 2):
+        for name in names:
+            grant = desk.leases.authorise(name, epochs[name], TRAIN, block)
+            assert other.leases.authorise(name, epochs[name], TRAIN, block) == grant
+            assert all(len(known) <= 2 + 2 for _, known in desk.ledger._memos.values())
+    assert desk.account().reserved_cost == 0
+    assert desk.all_valid()

@@ -1,0 +1,48 @@
+"""The product as its user has it: where it is, the job that it ships, the command and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DIGITS = REPOSITORY / "infra" / "jobs" / "digits.yaml"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:
+        """The one object that --json prints as the last line of stdout."""
+        return json.loads(self.out.strip().splitlines()[-1])
+
+
+@dataclass(frozen=True)
+class Purser:
+    """The real command over a home of its own, run from a folder of the user's."""
+
+    home: Path
+    folder: Path
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """What the command sees."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PURSER_", "RAY_", "PYTHONPATH"))}
+        return {**kept, "PURSER_HOME": str(self.home), "COLUMNS": "200", **more}
+
+    def __call__(self, *arguments: object, timeout: float = 300, **more: str) -> Ended:
+        """Run `purser ARGUMENTS` to its end."""
+        command = [str(Path(sys.executable).parent / "purser"), *map(str, arguments)]
+        ended = subprocess.run(
+            command, cwd=self.folder, env=self.environment(**more), capture_output=True, text=True, timeout=timeout
+        )
+        return Ended(ended.returncode, ended.stdout, ended.stderr)
