@@ -35,8 +35,11 @@ def parse(url: str) -> sa.URL:
         raise UsageError(f"PURSER_LEDGER: this is no database URL; {_HOW}.") from None
     if "@" in (parsed.host or ""):  # not shown: what is taken for the host holds the end of a password
         raise UsageError("PURSER_LEDGER: an '@' within a user's name or password must be written %40.")
-    if backend == "sqlite" and os.path.isabs(parsed.database or ""):
-        return parsed
+    if backend == "sqlite":  # options would open another file than the one that is named, and so another budget
+        plain = parsed in (sa.URL.create(driver, database=parsed.database) for driver in ("sqlite", "sqlite+pysqlite"))
+        if plain and os.path.isabs(parsed.database or "") and not {"?", "\0"} & set(url):
+            return parsed
+        raise UsageError(f"PURSER_LEDGER: {shown(parsed)} was given; {_HOW}, and nothing after the path.")
     if backend == "postgresql" and parsed.database:
         return parsed.set(drivername="postgresql+psycopg")
     raise UsageError(f"PURSER_LEDGER: {shown(parsed)} was given; {_HOW}.")

@@ -7,7 +7,6 @@ budgets may be written here: see `leases`.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
@@ -88,7 +87,7 @@ class Ledger:
         self._hot = Hot(self._engine.dialect)
         self._memos: Memos = {}
         self._writer: sa.Connection | None = None
-        self._waiting: deque[_Request[Any]] = deque()
+        self._waiting: list[_Request[Any]] = []
         self._leader: _Request[Any] | None = None  # whose caller serves all that wait
         self._gate = threading.Lock()  # over who waits and who leads
         self._turn = threading.Lock()  # over the kept connection
@@ -167,7 +166,8 @@ class Ledger:
             PurserError: from `act`, or because the database failed; nothing was changed.
             Unreachable: the server went away; whether the act was committed is not known, so do the same act again.
         """
-        request, served = _Request(act), []
+        request = _Request(act)
+        served: list[_Request[Any]] = []
         with self._gate:
             self._waiting.append(request)
             if self._leader is None:
@@ -177,8 +177,7 @@ class Ledger:
             if not request.ended:
                 with self._turn:
                     with self._gate:
-                        served = list(self._waiting)
-                        self._waiting.clear()
+                        served, self._waiting = self._waiting, []
                     self._serve(served)
         finally:
             with self._gate:

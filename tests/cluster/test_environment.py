@@ -192,7 +192,7 @@ def test_commands_on_one_ledger_see_each_other_whatever_their_home(tmp_path, mon
     held.release()
 
 
-@pytest.mark.parametrize("form", ["sqlite+pysqlite:///{}", "sqlite:///{}?note=a/b"])
+@pytest.mark.parametrize("form", ["sqlite+pysqlite:///{}"])
 def test_locks_lie_beside_the_ledger_however_its_url_is_written(form, tmp_path, monkeypatch):
     """Else the accountant, in another folder, finds no lock and expires the leases of the living."""
     from cluster.accounting.ledger import Ledger

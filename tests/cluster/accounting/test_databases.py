@@ -45,7 +45,6 @@ def test_what_is_no_ledger_s_url_is_refused(bad, what, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.xfail(strict=True, reason="what is no plain path is left to SQLAlchemy, its warnings and its exceptions")
 @pytest.mark.parametrize(
     "bad",
     [
