@@ -53,6 +53,14 @@ def ledger_url() -> str:
     return os.environ.get(LEDGER) or f"sqlite:///{home() / 'ledger.db'}"
 
 
+def ledger_file() -> Path | None:
+    """The file of an embedded ledger; None where the ledger is on a server."""
+    from sqlalchemy import make_url
+
+    url = make_url(ledger_url())
+    return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
+
+
 def new_name(account: str) -> str:
     """A name for a run or sweep: readable, sortable, never used twice (a Ray Train run name is its identity)."""
     return f"{account}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -79,11 +87,8 @@ def run_folder(name: str, *, new: bool = False) -> Path:
 
 def _holder(name: str) -> Path:
     """The lock file of the command called `name`: beside an embedded ledger, which every command on it can see."""
-    from sqlalchemy import make_url
-
-    url = make_url(ledger_url())
-    beside = Path(url.database).parent if url.get_backend_name() == "sqlite" and url.database else home()
-    folder = beside / "holders"
+    file = ledger_file()
+    folder = (file.parent if file else home()) / "holders"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder / name
 

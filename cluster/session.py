@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.environment import HOME, LEDGER, NAMESPACE, home, ledger_url
+from cluster.environment import HOME, LEDGER, NAMESPACE, home, ledger_file, ledger_url
 
 CPUS_PER_WORKER = 0.5  # two trials of two workers on two cores; the drivers ask for none
 
@@ -23,9 +23,8 @@ def cpus() -> int:
 
 def environment() -> dict[str, str]:
     """Variables that Ray, its workers and our own code on them must agree on."""
-    url = ledger_url()
     # Ray's dashboard shows these; a server's URL may hold a password, and only the accountant needs it.
-    embedded = {LEDGER: url} if url.startswith("sqlite") else {}
+    embedded = {LEDGER: ledger_url()} if ledger_file() else {}
     return {
         HOME: str(home()),
         **embedded,

@@ -6,9 +6,8 @@ Joins books, Ray session and driver; shows progress as the ledger knows it.
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from cluster.accounting.leases import Leases, explain
 from cluster.accounting.ledger import Ledger
 from cluster.accounting.mechanisms import Charge
 from cluster.accounting.presence import Presence
+from cluster.background import repeated
 from cluster.errors import UsageError
 from cluster.screen import Screen
 from training import release
@@ -112,26 +112,18 @@ def refused(leases: Leases, job: Job, lease: str, accounts: Sequence[Account]) -
     return f"{explain(answer.shortages, now)}; nothing was spent. {what_would_fit(job, now, answer.shortages)}"
 
 
-@contextmanager
-def _progress(screen: Screen, books: Books, account: str, lease: str, planned: int) -> Iterator[None]:
+def _progress(screen: Screen, books: Books, account: str, lease: str, planned: int) -> AbstractContextManager[None]:
     """Tell of each authorised block while the run goes on: the ledger is the one place that knows."""
-    over = threading.Event()
+    told = 0
 
-    def watch() -> None:
-        told = 0
-        while not over.wait(0.5):
-            steps = sum(entry["steps"] for entry in books.charged(lease, account))
-            if steps > told:
-                told = steps
-                screen.say(f"  {steps} of {planned} steps authorised")
+    def tell() -> None:
+        nonlocal told
+        steps = sum(entry["steps"] for entry in books.charged(lease, account))
+        if steps > told:
+            told = steps
+            screen.say(f"  {steps} of {planned} steps authorised")
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    return repeated(tell, 0.5, at_once=False)
 
 
 def _conclude(screen: Screen, outcome: Outcome, result: Mapping[str, Any]) -> None:

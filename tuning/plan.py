@@ -14,6 +14,7 @@ from cluster.accounting import orders
 from cluster.accounting.books import Books
 from cluster.accounting.costs import budget_cost, epsilon_of, price
 from cluster.accounting.mechanisms import Charge
+from cluster.accounting.selection import tnb_quantile
 from training.admission import plans_of
 from training.config import Job
 from tuning.config import SweepJob
@@ -59,7 +60,7 @@ class Plan:
             "trials_that_fit": min(line.trials_that_fit for line in self.lines),
             "filter_epsilon": max(line.filter_epsilon for line in self.lines),
             "select_epsilon": max(line.select_epsilon for line in self.lines),
-            "select_trials_p99": orders.tnb_quantile(self.job.tuning.trials, ETA, 0.99),
+            "select_trials_p99": tnb_quantile(self.job.tuning.trials, ETA, 0.99),
             "partitions": [vars(line) for line in self.lines],
         }
 

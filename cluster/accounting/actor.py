@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import ray
@@ -22,6 +22,7 @@ from cluster.accounting.leases import PROTOCOL, Answer, Attempt, Grant, Leases
 from cluster.accounting.ledger import Ledger
 from cluster.accounting.mechanisms import Charge
 from cluster.accounting.presence import BEAT, GRACE, Presence
+from cluster.background import repeated
 from cluster.environment import ACCOUNTANT, NAMESPACE
 from cluster.errors import PurserError, Unreachable, UsageError
 
@@ -186,24 +187,10 @@ class AccountantClient:
                     ) from None
             time.sleep(0.2)
 
-    @contextmanager
-    def holding(self, holder: str) -> Iterator[None]:
+    def holding(self, holder: str) -> AbstractContextManager[None]:
         """Send heartbeats for the leases of `holder` for as long as the block runs and this process lives."""
-        over = threading.Event()
-
-        def beats() -> None:
-            while True:
-                self._handle.beat.remote(holder)  # one that is lost is made up for by the next
-                if over.wait(BEAT):
-                    return
-
-        thread = threading.Thread(target=beats, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+        # One that is lost is made up for by the next.
+        return repeated(lambda: self._handle.beat.remote(holder), BEAT, at_once=True)
 
     def describe(self) -> dict[str, Any]:
         """Protocol version and ledger identity."""

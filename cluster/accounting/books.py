@@ -121,8 +121,8 @@ class Books:
         self, draft: Draft, dataset: Dataset, epsilon: float, delta: float, chosen: Mapping[str, int], nonce: str
     ) -> list[Account]:
         names = dataset.accounts()
-        there = [json.loads(row["body"]) for name in names if (row := draft.by_key(f"account:{name}"))]
-        if there and there[0].get("nonce") == nonce:
+        made = draft.by_key(f"account:{names[0]}")
+        if made and json.loads(made["body"]).get("nonce") == nonce:
             return [self.read(draft, account) for account in names]
         for source in dataset.sources:
             owner = draft.by_key(f"source:{source}")

@@ -83,9 +83,7 @@ def engine(url: sa.URL) -> sa.Engine:
 def readers(engine: sa.Engine) -> sa.Engine:
     """The same connections for transactions that see one moment and write nothing."""
     if engine.dialect.name == "postgresql":
-        return engine.execution_options(
-            reads_only=True, isolation_level="REPEATABLE READ", postgresql_readonly=True, max_row_buffer=1000
-        )
+        return engine.execution_options(reads_only=True, isolation_level="REPEATABLE READ", postgresql_readonly=True)
     return engine.execution_options(reads_only=True)
 
 

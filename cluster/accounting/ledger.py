@@ -125,9 +125,7 @@ class Ledger:
     def close(self) -> None:
         """Close every connection; they come back when they are needed."""
         with self._turn:
-            if self._writer is not None:
-                self._writer.close()
-                self._writer = None
+            self._drop()
         self._engine.dispose()
 
     @property

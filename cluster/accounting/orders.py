@@ -12,19 +12,8 @@ from dataclasses import dataclass
 
 from cluster.accounting.costs import FINE, block_cost, budget_cost, price, step_cost
 from cluster.accounting.mechanisms import Charge, Composition, Mechanism, RepeatAndSelect, TruncatedNegativeBinomial
-from cluster.accounting.selection import tnb_gamma, tnb_quantile
+from cluster.accounting.selection import tnb_gamma
 from cluster.errors import UsageError
-
-__all__ = [
-    "CANDIDATES",
-    "OrderRow",
-    "choose",
-    "order_table",
-    "select_price",
-    "selection_of",
-    "tnb_gamma",
-    "tnb_quantile",
-]
 
 CANDIDATES = (*range(2, 33), 36, 40, 48, 56, 64, 80, 96, 128)
 

@@ -81,8 +81,7 @@ def make(connection: sa.Connection, service: str | None = None) -> None:
     for statement in _POSTGRESQL if connection.dialect.name == "postgresql" else _sqlite():
         connection.exec_driver_sql(statement)
     for name in (IDENTITY, HMAC_KEY):
-        if connection.execute(sa.select(hidden.c.name).where(hidden.c.name == name)).first() is None:
-            connection.execute(sa.insert(hidden).values(name=name, value=secrets.token_hex(32)))
+        hide(connection, name)
     if service is not None:
         if connection.execute(sa.text("SELECT 1 FROM pg_roles WHERE rolname = :r"), {"r": service}).first() is None:
             raise UsageError(f"--service: there is no role {service!r} in this database; CREATE ROLE makes it.")
@@ -90,6 +89,12 @@ def make(connection: sa.Connection, service: str | None = None) -> None:
         for table in metadata.sorted_tables:
             connection.exec_driver_sql(f"REVOKE ALL ON {table.name} FROM PUBLIC, {role}")
             connection.exec_driver_sql(f"GRANT SELECT, INSERT ON {table.name} TO {role}")
+
+
+def hide(connection: sa.Connection, name: str) -> None:
+    """Draw the hidden value called `name`, where it is missing."""
+    if connection.execute(sa.select(hidden.c.name).where(hidden.c.name == name)).first() is None:
+        connection.execute(sa.insert(hidden).values(name=name, value=secrets.token_hex(32)))
 
 
 def _sqlite() -> list[str]:

@@ -7,14 +7,13 @@ about budgets may be written here: see `leases`.
 from __future__ import annotations
 
 import datetime
-import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import sqlalchemy as sa
 
 from cluster.accounting.databases import Prepared
-from cluster.accounting.schema import GENESIS, canonical, entries, entry_hash, hidden
+from cluster.accounting.schema import GENESIS, canonical, entries, entry_hash, hidden, hide
 
 Row = dict[str, Any]
 
@@ -25,9 +24,7 @@ _of_account = sa.select(entries).where(entries.c.account == _this["account"])
 _LAST = _of_account.order_by(entries.c.seq.desc()).limit(1)
 _ALL = _of_account.order_by(entries.c.seq).execution_options(yield_per=1000)
 _BY_KEY = sa.select(entries).where(entries.c.key == _this["key"])
-_BY_PREFIX = sa.select(entries.c.key, entries.c.account).where(
-    (entries.c.key >= _this["key"]) & (entries.c.key < _this["until"])
-)
+_BY_PREFIX = sa.select(entries.c.account).where((entries.c.key >= _this["key"]) & (entries.c.key < _this["until"]))
 _OF_LEASE = _of_account.where(entries.c.lease == _this["lease"]).order_by(entries.c.seq)
 _NEWEST = _of_account.where(entries.c.lease == _this["lease"]).order_by(entries.c.seq.desc()).limit(1)
 _CHARGED = sa.select(sa.func.coalesce(sa.func.sum(entries.c.cost), 0)).where(
@@ -58,7 +55,7 @@ class View:
     def __init__(self, connection: sa.Connection) -> None:
         self._connection = connection
 
-    def _ask(self, query: sa.Select[Any], **values: object) -> sa.CursorResult[Any]:
+    def _ask(self, query: sa.Executable, **values: object) -> sa.CursorResult[Any]:
         return self._connection.execute(query, values)
 
     def _one(self, query: sa.Select[Any], **values: object) -> Row | None:
@@ -67,7 +64,7 @@ class View:
 
     def scalar(self, query: sa.Executable, **values: object) -> Any:
         """The one value that `query` selects."""
-        return self._connection.execute(query, values).scalar_one()
+        return self._ask(query, **values).scalar_one()
 
     def last(self, account: str) -> Row | None:
         """The newest entry of `account`, which carries its totals."""
@@ -87,15 +84,15 @@ class View:
 
     def accounts(self) -> list[str]:
         """Every account, by name."""
-        return sorted(row.account for row in self._with_prefix("account:"))
+        return self._with_prefix("account:")
 
     def accounts_of_lease(self, lease: str) -> list[str]:
         """The accounts on which `lease` holds or held a reservation, sorted."""
-        return sorted(row.account for row in self._with_prefix(f"reserve:{lease}:"))
+        return self._with_prefix(f"reserve:{lease}:")
 
-    def _with_prefix(self, prefix: str) -> list[Any]:
+    def _with_prefix(self, prefix: str) -> list[str]:
         until = prefix[:-1] + chr(ord(prefix[-1]) + 1)
-        return list(self._ask(_BY_PREFIX, key=prefix, until=until))
+        return sorted(self._ask(_BY_PREFIX, key=prefix, until=until).scalars())
 
     def of_account(self, account: str) -> Iterator[Row]:
         """All entries of `account` in order."""
@@ -108,7 +105,7 @@ class View:
 
     def charged(self, lease: str, account: str) -> int:
         """What `lease` was authorised on `account` in all."""
-        return int(self._ask(_CHARGED, lease=lease, account=account).scalar_one())
+        return int(self.scalar(_CHARGED, lease=lease, account=account))
 
     def last_reserve(self, account: str) -> Row | None:
         """The newest `reserve` entry of `account`."""
@@ -168,7 +165,7 @@ class Draft(View):
             known = self._memos[account] = (head, {})
         return known[1]
 
-    def _ask(self, query: sa.Select[Any], **values: object) -> sa.CursorResult[Any]:
+    def _ask(self, query: sa.Executable, **values: object) -> sa.CursorResult[Any]:
         self.flush()
         return super()._ask(query, **values)
 
@@ -180,8 +177,7 @@ class Draft(View):
 
     def hide(self, name: str) -> None:
         """Draw the hidden value called `name`, where it is missing."""
-        if self.secret(name) is None:
-            self._connection.execute(sa.insert(hidden).values(name=name, value=secrets.token_hex(32)))
+        hide(self._connection, name)
 
     def append(
         self,

@@ -38,6 +38,7 @@ from cluster.accounting.ledger import Ledger
 from cluster.accounting.mechanisms import Charge, DiscreteGaussian, PoissonSubsampledGaussian
 from cluster.accounting.schema import GENESIS, HASHED, canonical, entry_hash
 from cluster.environment import ACCOUNTANT, NAMESPACE
+from tests.actors import end_accountant
 
 CLIENTS, PROCESSES = 64, 2
 STEP = PoissonSubsampledGaussian(sample_rate=1e-4, noise_multiplier=50.0)  # so cheap that millions of steps fit
@@ -115,15 +116,6 @@ def accountant(folder: Path, served: type[Accountant] = Accountant, **options: A
     file = Path(tempfile.mkdtemp(dir=folder)) / "ledger.db"
     books_at(file).ledger.close()
     return start(f"sqlite:///{file}", served, **options)
-
-
-def end_accountant() -> None:
-    """End the accountant of this Ray, if there is one, and wait until its name is free."""
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if actor["name"] == ACCOUNTANT:
-            ray.kill(ray.get_actor(ACCOUNTANT, namespace=NAMESPACE))
-    while any(a["name"] == ACCOUNTANT for a in ray.util.list_named_actors(all_namespaces=True)):
-        time.sleep(0.05)
 
 
 def opened(client: Any, leases: int) -> list[tuple[str, int]]:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from actors import end_accountant
 from ray import cloudpickle
 
 from cluster.accounting import actor as actor_module
@@ -70,18 +71,6 @@ def make(url):
     return books
 
 
-def end_accountant(ray):
-    """End this session's accountant, if there is one, and wait until its name is free."""
-
-    def there():
-        return [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"] == ACCOUNTANT]
-
-    if there():
-        ray.kill(ray.get_actor(ACCOUNTANT, namespace=NAMESPACE))
-    while there():
-        time.sleep(0.05)
-
-
 @pytest.fixture
 def sqlite(home, ray_session):
     """A ledger in a file, with one dataset; its accountant is gone after the test."""
@@ -89,7 +78,7 @@ def sqlite(home, ray_session):
     url = f"sqlite:///{home}/ledger.db"
     make(url)
     yield url
-    end_accountant(ray_session)
+    end_accountant()
 
 
 @pytest.fixture
@@ -99,7 +88,7 @@ def database(postgresql, home, ray_session):
     init(postgresql.url(name, "owner"), "service")
     make(postgresql.url(name)).ledger.close()
     yield name
-    end_accountant(ray_session)
+    end_accountant()
     postgresql.drop(name)
 
 

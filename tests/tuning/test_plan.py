@@ -16,6 +16,7 @@ from cluster.accounting.books import Books
 from cluster.accounting.costs import epsilon_of, price
 from cluster.accounting.leases import Leases, Shortage
 from cluster.accounting.ledger import Ledger
+from cluster.accounting.selection import tnb_quantile
 from cluster.errors import UsageError
 from training import data
 from training.admission import plans_of, what_would_fit
@@ -65,7 +66,7 @@ def test_the_plan_of_the_digits_job(books):
     assert plan["order"] == 6
     assert plan["trials_that_fit"] == 7
     assert plan["filter_epsilon"] > 3.0  # the eighth does not
-    assert plan["select_trials_p99"] == orders.tnb_quantile(8, 0.5, 0.99)
+    assert plan["select_trials_p99"] == tnb_quantile(8, 0.5, 0.99)
     assert json.loads(json.dumps(plan, allow_nan=False)) == plan
     assert isinstance(plan["trial_cost"], int)
 

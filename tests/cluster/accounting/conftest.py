@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from bookkeeping import KINDS, Desk, evaluation, training
+from bookkeeping import KINDS, Desk, evaluation, run_attempt, training
 from crashes import Faults
 from places import Place, Places, PostgresqlPlaces, SqlitePlaces
 from sharing import NAMES
@@ -55,6 +55,15 @@ def place(places) -> Place:
 def desk(place) -> Desk:
     """An accountant on it."""
     return place.desk()
+
+
+@pytest.fixture
+def started(place) -> Desk:
+    """An accountant on a ledger with some spending in it."""
+    desk = place.desk()
+    desk.leases.reserve("lease", "run", [training(), evaluation()])
+    run_attempt(desk, "lease", "nonce", 1)
+    return desk
 
 
 @pytest.fixture

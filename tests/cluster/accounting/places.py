@@ -7,6 +7,7 @@ import re
 import sqlite3
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from cluster.accounting.ledger import init
 from cluster.accounting.schema import GENESIS, entry_hash
 
 
-class Place:
+class Place(ABC):
     """Where one ledger lives: how to open it, and what whoever owns the disk or the server can do behind its back."""
 
     kind: str
@@ -42,21 +43,21 @@ class Place:
             desk.ledger.close()
         self._desks.clear()
 
+    @abstractmethod
     def close(self) -> None:
         """Close everything that is open here."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, query: str, **values: Any) -> list[Row]:
         """What is there, whatever the ledger says."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forge(self, *statements: str, values: Mapping[str, Any] | None = None) -> None:
         """Change it behind the ledger's back, in one transaction that no trigger stops."""
-        raise NotImplementedError
 
+    @abstractmethod
     def copy(self) -> Place:
         """What an operator's backup does: a consistent copy of one moment, at a place of its own."""
-        raise NotImplementedError
 
     def rows(self, account: str) -> list[Row]:
         """All entries of `account` in order."""
@@ -70,9 +71,9 @@ class Place:
         """Everything, to be put back later: a backup of this very moment."""
         return self.read("SELECT * FROM entries ORDER BY account, seq"), self.read("SELECT * FROM secrets")
 
+    @abstractmethod
     def put_back(self, contents: Contents) -> None:
         """Restore a backup over whatever is there now."""
-        raise NotImplementedError
 
 
 def _insert(table: str, row: Row) -> str:
@@ -205,7 +206,7 @@ def _placeholders(statement: str) -> str:
     return re.sub(r":(\w+)", r"%(\1)s", statement)
 
 
-class Places:
+class Places(ABC):
     """Makes places of one kind; each is taken for a while and then given back."""
 
     kind: str
@@ -213,17 +214,17 @@ class Places:
     def __init__(self) -> None:
         self.taken: list[Place] = []
 
+    @abstractmethod
     def empty(self) -> Place:
         """A ledger without accounts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def digits(self) -> Place:
         """A ledger that holds the accounts of `digits`: choosing their orders takes longer than most tests."""
-        raise NotImplementedError
 
+    @abstractmethod
     def new(self) -> Place:
         """A ledger just made, that shares not even its identity with another."""
-        raise NotImplementedError
 
     def take(self, place: Any) -> Any:
         """Look after a place until `give_back`."""
@@ -241,9 +242,9 @@ class Places:
             place.leave()
             self._again(place)
 
+    @abstractmethod
     def _again(self, place: Any) -> None:
         """What becomes of a place that was given back."""
-        raise NotImplementedError
 
 
 class SqlitePlaces(Places):

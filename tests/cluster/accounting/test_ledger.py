@@ -17,12 +17,8 @@ from cluster.errors import PurserError, UsageError
 
 
 @pytest.fixture
-def desk(place) -> Desk:
-    """A ledger with some spending in it."""
-    desk = place.desk()
-    desk.leases.reserve("lease", "run", [training(), evaluation()])
-    run_attempt(desk, "lease", "nonce", 1)
-    return desk
+def desk(started) -> Desk:
+    return started
 
 
 @pytest.mark.parametrize("table", ["entries", "secrets"])

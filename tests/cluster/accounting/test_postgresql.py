@@ -6,7 +6,7 @@ from __future__ import annotations
 import psycopg
 import psycopg.sql
 import pytest
-from bookkeeping import TRAIN, evaluation, run_attempt, training
+from bookkeeping import TRAIN, training
 from places import PostgresqlPlace
 from postgresql import OWNER, SERVICE, SUPERUSER
 
@@ -22,12 +22,8 @@ def database():
 
 
 @pytest.fixture
-def desk(place):
-    """A ledger with some spending in it."""
-    desk = place.desk()
-    desk.leases.reserve("lease", "run", [training(), evaluation()])
-    run_attempt(desk, "lease", "nonce", 1)
-    return desk
+def desk(started):
+    return started
 
 
 def sql(place, role, statement):

@@ -13,15 +13,13 @@ import psycopg
 import psycopg.sql
 import pytest
 import sqlalchemy as sa
-from bookkeeping import TRAIN, VALIDATION, evaluation, fill, run_attempt, training
+from bookkeeping import TRAIN, VALIDATION, fill, training
 from crashes import Faults, lost_on, outcome, together
 from postgresql import SERVICE
 
 from cluster.accounting import databases
 from cluster.accounting.ledger import Ledger, init
 from cluster.errors import PurserError, Unreachable, UsageError
-
-TABLES = {"entries": ("key", "account"), "secrets": ("value", "name")}
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +28,8 @@ def database():
 
 
 @pytest.fixture
-def desk(place):
-    """A ledger with some spending in it."""
-    desk = place.desk()
-    desk.leases.reserve("lease", "run", [training(), evaluation()])
-    run_attempt(desk, "lease", "nonce", 1)
-    return desk
+def desk(started):
+    return started
 
 
 # Whatever the server's defaults are
