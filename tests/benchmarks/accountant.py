@@ -4,6 +4,8 @@ authorise_overhead_ratio      durable authorise through the actor, against a bar
                               commit of as wide a row; medians, taken in turns
 admissions_per_s_64_clients   durable authorisations per second, 64 asyncio tasks in two processes
 bare_calls_per_s_64_clients   the same with an actor that does nothing: the ceiling that Ray's RPC sets
+bare_threaded_per_s           the same with an actor that does nothing in as many threads as the accountant has
+admissions_ratio              the first of the three against the second: the median over rounds that take all in turn
 group_commit_gain_5ms         admissions per second at a commit of 5 ms (a networked database), against the same
                               accountant committing one request at a time
 million_entries_open_s        opening a ledger of a million entries, to the first answer
@@ -31,7 +33,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import ray
 
-from cluster.accounting.actor import Accountant, start
+from cluster.accounting.actor import THREADS, Accountant, start
 from cluster.accounting.books import Books, Dataset
 from cluster.accounting.leases import Leases
 from cluster.accounting.ledger import Ledger
@@ -182,9 +184,9 @@ def reservations(folder: Path, calls: int) -> float:
     return per_second(handle, "reserve", [[(f"{c}-{n}", "bench", plan) for n in range(calls)] for c in range(CLIENTS)])
 
 
-def bare_throughput(calls: int) -> float:
+def bare_throughput(calls: int, threads: int = 1) -> float:
     """No-op calls per second from 64 clients."""
-    bare = ray.remote(Bare).options(num_cpus=0).remote()
+    bare = ray.remote(Bare).options(num_cpus=0, max_concurrency=threads).remote()
     rate = per_second(bare, "nothing", [[("lease", 1, TRAIN, n) for n in range(calls)] for _ in range(CLIENTS)])
     ray.kill(bare)
     return rate
@@ -260,14 +262,17 @@ def measure(quick: bool) -> dict[str, float]:
         ray.init(address="local", namespace=NAMESPACE, num_cpus=2, include_dashboard=False, logging_level="ERROR")
         try:
             calls = 40 if quick else 150
-            # Bare calls before and after, so that a machine that slows down meanwhile favours neither side.
-            first = bare_throughput(calls)
-            admissions = throughput(folder, calls)
-            bare = (first + bare_throughput(calls)) / 2
+            rounds = [
+                (throughput(folder, calls), bare_throughput(calls), bare_throughput(calls, THREADS))
+                for _ in range(3 if quick else 7)
+            ]
+            admissions, bare, threaded = map(statistics.median, zip(*rounds, strict=True))
             result = {
                 "authorise_overhead_ratio": overhead(folder, 400 if quick else 2000),
                 "admissions_per_s_64_clients": admissions,
                 "bare_calls_per_s_64_clients": bare,
+                "bare_threaded_per_s": threaded,
+                "admissions_ratio": statistics.median(mine / theirs for mine, theirs, _ in rounds),
                 "group_commit_gain_5ms": throughput(folder, 20, SlowCommit)
                 / throughput(folder, 3 if quick else 10, SlowCommit, alone=True),
                 "million_entries_open_s": opening,
