@@ -131,7 +131,11 @@ def test_ctrl_c_while_others_serve_stops_nobody_else(place, desk, faults, runnin
     second, of_second = begin(calls[1])
     until(lambda: len(desk.ledger._waiting) == 1)
     sender, sent = begin(interrupt)
-    mine = outcome(lambda: (calls[2](), sender.join(30), time.sleep(30)))
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        mine = outcome(lambda: (calls[2](), sender.join(30), time.sleep(30)))
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     for event in go_on:
         event.set()
     for thread in (first, second, sender):
