@@ -116,7 +116,8 @@ class Optimizer(Section):
     learning_rate: Positive = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    schedule: Literal["constant", "linear"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Annotated[int, Field(ge=0, le=10_000_000)] = 0
 
 
 class Training(Section):
@@ -131,6 +132,8 @@ class Training(Section):
     max_grad_norm: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
     optimizer: Optimizer = Optimizer()
     block: Count = 20
+    clipping: Literal["bookkeeping", "hooks"] = "bookkeeping"
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 class Evaluation(Section):

@@ -21,7 +21,7 @@ from cluster.environment import code_hash
 from cluster.errors import PurserError, UsageError, without_content
 from training import data
 from training.config import Job, parse
-from training.engine.rehearsal import rehearse
+from training.engine.rehearsal import Inputs, rehearse
 from training.engine.sampling import PoissonSampler, Shard
 from training.engine.trainer import PrivateTrainer
 from training.evaluation import noised_accuracy
@@ -61,10 +61,9 @@ def _train(config: dict[str, Any]) -> None:
 
     classes = len(declared.label.categories)
     width = declared.width
-    trainer = PrivateTrainer(
-        build(job.model, width, classes, data.image_of(job.model, declared)), job.training.optimizer, run
-    )
-    rehearse(trainer, (width,), classes)
+    model = build(job.model, width, classes, data.image_of(job.model, declared))
+    trainer = PrivateTrainer(model, job.training.optimizer, run, job.training.clipping, job.training.precision)
+    rehearse(trainer, Inputs((width,), classes))
 
     table = data.read(declared, job.privacy.unit)
     if data.fingerprint(table, client.source_key()) not in client.show(train_account).dataset.sources:

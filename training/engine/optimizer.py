@@ -1,27 +1,34 @@
 """Clip, sum, noise, reduce, step: Opacus's DPOptimizer with the parts replaced that its hazards call for.
 
-Per-unit gradients of a micro-batch are clipped in fp32 and added to one fp64 buffer: in fp32, one unit more may move a
-sum of a million units by 2 % more than C. A logical step ends in one all-reduce of that buffer, to which rank 0 has
-added noise. The buffer and everything before the noise are private (P13): nothing here may return, print or store them.
+Units are clipped and summed in fp32, and every few micro-batches the sum goes to an fp64 one: in fp32, one unit more
+may move a sum of a million units by 2 % more than C. A logical step ends in one all-reduce, to which rank 0 has added
+noise. The sums and everything before the noise are private (P13): nothing here may return, print or store them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
 from opacus.optimizers import DPOptimizer
 
 from cluster.errors import PurserError
+from training.engine.contributions import Contribution, clip_factors
 from training.engine.randomness import Keystream
 from training.engine.run import DPSGDRun
 
 # The released sum lies on multiples of a public power of two, about σC·2^-18: the low bits of floating-point noise,
 # by which sums can be told apart (Mironov 2012), are not released.
 GRID_BITS = 18
-_EXACT = 4096  # the most contributions that are added in fp32 before they go to the fp64 buffer
+# The most that units × additions may become in the fp32 sum before it goes to the fp64 one. Each addition rounds a sum
+# of at most units × max_grad_norm by 2^-24 of it: all of them together by 2^-12 of max_grad_norm.
+_EXACT = 4096
+# The collective carries fp32 while expected_batch_size × ranks is at most this, and fp64 above. Taking un-noised sums
+# to fp32 and adding W of them up rounds W times, each by at most 2^-24 of a sum of at most n·max_grad_norm, in which n,
+# what joined, is below twice what was expected: for two neighbours 2·W·2^-24·2·B ≤ 2^-10 of max_grad_norm.
+FP32_SUMS = 4096
 
 
 class PrivateOptimizer(DPOptimizer):
@@ -48,6 +55,8 @@ class PrivateOptimizer(DPOptimizer):
         )
         self._size = sum(p.numel() for p in self.params)
         self._sum = torch.zeros(self._size, dtype=torch.float64, device=self.params[0].device)
+        self._recent = torch.zeros(self._size, device=self._sum.device)
+        self._additions = self._units = 0
         self._keys = Keystream()
         self._grid = 2.0 ** (math.floor(math.log2(run.noise_std)) - GRID_BITS)
 
@@ -74,56 +83,87 @@ class PrivateOptimizer(DPOptimizer):
         if value != planned:
             raise PurserError(f"training.{field}: it is {planned} for the whole run and cannot be changed to {value}.")
 
-    def accumulate(self, unit: torch.Tensor, units: int) -> None:
-        """Fold the per-record gradients of one backward pass into the sum.
+    def accumulate(self, contributions: Mapping[torch.Tensor, Contribution]) -> None:
+        """Clip each unit of one micro-batch as a whole and add it to the sum.
 
         Args:
-            unit: [records], the number of each record's unit within this micro-batch.
-            units: how many units there are.
+            contributions: one for every trainable parameter, over the same units.
+
+        Raises:
+            PurserError: a parameter has none.
         """
-        per_unit = []
-        for p in self.params:
-            grad_sample = getattr(p, "grad_sample", None)
-            if not isinstance(grad_sample, torch.Tensor) or len(grad_sample) != len(unit):
-                raise PurserError(
-                    "model: a trainable parameter got no per-record gradient; every one must be used once in each "
-                    "forward pass, inside a layer that Opacus hooks."
-                )
-            records = grad_sample.reshape(len(unit), -1).float()
-            summed = torch.zeros(units, records.shape[1], device=records.device)
-            per_unit.append(summed.index_add_(0, unit.to(records.device), records))
-            p.grad_sample = None
-            p.grad = None
-        gradients = torch.cat(per_unit, dim=1)
-        norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
-        # An Inf or NaN would poison the sum and single its unit out: the whole contribution counts as zero. So does one
-        # so large that its clipping factor would be a subnormal fp32 number, which keeps too few bits for the bound.
-        usable = torch.isfinite(norms) & (norms < self._run.max_grad_norm * 2.0**120)
-        factors = torch.where(usable, (self._run.max_grad_norm / norms.clamp(min=1e-300)).clamp(max=1.0), 0.0)
-        gradients.masked_fill_(~usable[:, None], 0.0)
-        for start in range(0, units, _EXACT):
-            part = slice(start, start + _EXACT)
-            self._sum += (factors[part].float() @ gradients[part]).double()
+        if any(p not in contributions for p in self.params):
+            raise PurserError(
+                "model: a trainable parameter got no per-record gradient; every one must be used in each forward "
+                "pass, inside a layer that Opacus hooks."
+            )
+        parts = [contributions[p] for p in self.params]
+        factors = clip_factors(torch.stack([part.squared_norms() for part in parts]).sum(0), self._run.max_grad_norm)
+        holes = len(factors) > _EXACT or bool((factors == 0).any())
+        for first in range(0, len(factors), _EXACT):
+            weights = factors
+            if len(factors) > _EXACT:
+                weights = torch.zeros_like(factors)
+                weights[first : first + _EXACT] = factors[first : first + _EXACT]
+            self._make_room(min(len(factors), _EXACT))
+            start = 0
+            for p, part in zip(self.params, parts, strict=True):
+                part.add_to(self._recent[start : start + p.numel()], weights, holes)
+                start += p.numel()
+
+    def _make_room(self, units: int) -> None:
+        """Before `units` more go to the fp32 sum: empty it into the fp64 one where it would become inexact."""
+        self._additions += 1
+        self._units += units
+        if self._additions * self._units > _EXACT:
+            self._flush()
+            self._additions, self._units = 1, units
+
+    def _flush(self) -> None:
+        self._sum += self._recent
+        self._recent.zero_()
+        self._additions = self._units = 0
 
     def contribution(self) -> torch.Tensor:
         """Hand over and clear the un-noised sum: for the rehearsal on synthetic inputs only. Shape [parameters]."""
+        self._flush()
         taken, self._sum = self._sum, torch.zeros_like(self._sum)
         return taken
 
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Noise, reduce, scale and apply the sum; the same on every rank, whatever it accumulated."""
+        """Noise, reduce, scale and apply the sum; the same on every rank, whatever it accumulated.
+
+        Raises:
+            PurserError: another rank ended or kept silent for longer than the process group's timeout.
+        """
+        self._flush()
         distributed = dist.is_available() and dist.is_initialized()
         if not distributed or dist.get_rank() == 0:
-            noise = torch.from_numpy(self._keys.normal(self._size) * self._run.noise_std)
-            self._sum += noise.to(self._sum.device)
+            noise = torch.from_numpy(self._keys.normal(self._size))
+            self._sum.add_(noise.to(self._sum.device), alpha=self._run.noise_std)
         if distributed:
-            dist.all_reduce(self._sum)
-        self._sum = (self._sum / self._grid).round_() * self._grid
+            self._sum = self._reduced()
+        self._sum.div_(self._grid).round_().mul_(self._grid / self._run.expected_batch_size)
         start = 0
         for p in self.params:
-            part = self._sum[start : start + p.numel()]
-            p.grad = (part / self._run.expected_batch_size).view_as(p).to(p.dtype)
+            p.grad = self._sum[start : start + p.numel()].view_as(p).to(p.dtype)
             start += p.numel()
         self.original_optimizer.step()
         self.original_optimizer.zero_grad(set_to_none=True)
-        self._sum = torch.zeros_like(self._sum)
+        self._sum.zero_()
+
+    def _reduced(self) -> torch.Tensor:
+        """The sum over all ranks, by the step's one collective."""
+        exact = self._run.expected_batch_size * dist.get_world_size() > FP32_SUMS
+        shared = self._sum if exact else self._sum.float()
+        failed = False
+        try:
+            dist.all_reduce(shared)
+        except RuntimeError:
+            failed = True
+        if failed:  # raised out here: the library's message names hosts and ports
+            raise PurserError(
+                "training: another worker ended, or was silent for too long, in the middle of a step; what was "
+                "authorised is spent. Its own log tells why; purser train --resume goes on from the last block."
+            )
+        return shared.double()

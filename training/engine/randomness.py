@@ -7,12 +7,15 @@ argument through which a seed could come in. Torch's and numpy's generators may 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 _KEY_LIFE = 1 << 37  # bytes drawn under one key, half of what its counter allows; then a fresh one is taken
-_CHUNK = 1 << 20  # numbers made at a time: bounds the memory that noise for a large model takes
+_CHUNK = 1 << 16  # numbers made at a time, so that they stay in a core's cache
 
 
 class Keystream:
@@ -20,6 +23,7 @@ class Keystream:
     from random. A forked child draws its own key, so that parent and child never share a stream."""
 
     def __init__(self) -> None:
+        self._helpers: list[Keystream] = []
         self._rekey()
 
     def _rekey(self) -> None:
@@ -51,15 +55,32 @@ class Keystream:
         """`count` independent standard normals in fp64 by Box–Muller from 53-bit uniforms. Shape [count].
 
         The largest possible value is √(2·53·ln 2) = 8.57; fp32 samplers end at 5.8, which at σ = 1 and a million
-        parameters costs more than δ = 1e-5 per step.
+        parameters costs more than δ = 1e-5 per step. Large counts are shared out to as many threads as torch uses, each
+        with a keystream of its own.
         """
         out = np.empty(count + count % 2)
-        for start in range(0, len(out), _CHUNK):
-            part = out[start : start + _CHUNK]
+        parts = [out[start : start + _CHUNK] for start in range(0, len(out), _CHUNK)]
+        threads = min(len(parts), torch.get_num_threads())
+        if threads <= 1:
+            self._fill(parts)
+            return out[:count]
+        while len(self._helpers) < threads:
+            self._helpers.append(Keystream())
+        with ThreadPoolExecutor(threads) as pool:
+            filling = [pool.submit(self._helpers[i]._fill, parts[i::threads]) for i in range(threads)]
+        for done in filling:
+            done.result()
+        return out[:count]
+
+    def _fill(self, parts: Sequence[np.ndarray]) -> None:
+        """Write normals into `parts`, each of an even length."""
+        for part in parts:
             half = len(part) // 2
             bits = self.integers(2 * half) >> np.uint64(11)
-            radius = np.sqrt(-2 * np.log((bits[:half] + np.uint64(1)) * 2.0**-53))
-            angle = bits[half:] * (2.0**-53 * 2 * np.pi)
-            np.multiply(radius, np.cos(angle), out=part[:half])
-            np.multiply(radius, np.sin(angle), out=part[half:])
-        return out[:count]
+            radius = (bits[:half] + np.uint64(1)).astype(np.float64)  # in place from here on: twice as fast
+            radius *= 2.0**-53
+            np.sqrt(np.multiply(np.log(radius, out=radius), -2, out=radius), out=radius)
+            angle = bits[half:].astype(np.float64)
+            angle *= 2.0**-53 * 2 * np.pi
+            np.multiply(radius, np.cos(angle, out=part[:half]), out=part[:half])
+            np.multiply(radius, np.sin(angle, out=part[half:]), out=part[half:])

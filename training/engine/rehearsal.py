@@ -16,6 +16,18 @@ from training.engine.trainer import PrivateTrainer
 # What fp32 may add to a contribution's norm; far inside the margin that the noise carries (run.SIGMA_MARGIN).
 TOLERANCE = 1e-5
 COMPANIONS = 2.0**-13  # the same for what a unit's companions may change, over max_grad_norm
+COMPANIONS_BF16 = 2.0**-4  # passes in bf16 round by the shape of a batch; each contribution is clipped as it came out
+AGREEMENT = {"fp32": 1e-3, "bf16": 0.1}  # how far per-record gradients may be from autograd's, relative
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the model takes, in public shapes: features of `shape` and labels below `classes`; or, with `vocabulary`,
+    `shape` = (length,) tokens, and labels of their own where classes is 0."""
+
+    shape: tuple[int, ...]
+    classes: int
+    vocabulary: int = 0
 
 
 @dataclass(frozen=True)
@@ -29,39 +41,44 @@ class Rehearsal:
     physical_batch_size: int
 
 
-def synthetic(
-    shape: tuple[int, ...], records: int, classes: int, scale: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs that no record went into: sines of running numbers. Shapes [records, *shape] and [records]."""
-    numbers = torch.arange(records * torch.Size(shape).numel(), dtype=torch.float64)
-    return (scale * torch.sin(12.9898 * numbers + 1)).float().view(records, *shape), torch.arange(records) % classes
+def synthetic(inputs: Inputs, unit: torch.Tensor, scale: float = 1.0) -> MicroBatch:
+    """Records that nobody's went into: sines of running numbers, or tokens by them; `unit` [records] numbers units."""
+    records = len(unit)
+    numbers = torch.arange(records * torch.Size(inputs.shape).numel(), dtype=torch.float64)
+    labels = torch.arange(records) % max(1, inputs.classes)
+    units = int(unit.max()) + 1
+    if not inputs.vocabulary:
+        features = (scale * torch.sin(12.9898 * numbers + 1)).float().view(records, *inputs.shape)
+        return MicroBatch(features, labels, unit, units)
+    tokens = ((numbers * 7919 + scale).long() % inputs.vocabulary).view(records, *inputs.shape)
+    return MicroBatch(tokens, labels if inputs.classes else tokens, unit, units, torch.ones_like(tokens))
 
 
-def rehearse(trainer: PrivateTrainer, shape: tuple[int, ...], classes: int) -> Rehearsal:
-    """Try the run's clipping on synthetic units with features of `shape` and labels below `classes`.
+def rehearse(trainer: PrivateTrainer, inputs: Inputs) -> Rehearsal:
+    """Try the run's clipping on synthetic units.
 
     Raises:
-        PurserError: one unit's contribution exceeds max_grad_norm, or changes with its companions, or a non-finite
-            record is let through: training would not be private and does not start.
+        PurserError: gradients are not what autograd's are, one unit's contribution exceeds max_grad_norm, or changes
+            with its companions, or a non-finite record is let through: training would not be private, or of no use,
+            and does not start.
     """
     run = trainer.run
     before = [p.detach().clone() for p in trainer.model.parameters()]
     per_unit = run.max_records_per_unit
-    units = max(1, min(4, run.physical_batch_size // per_unit))
+    units = max(1, min(4, trainer.rows // per_unit))
+    unit = torch.arange(units).repeat_interleave(per_unit)
 
-    def contribution(features: torch.Tensor, labels: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-        trainer.accumulate(MicroBatch(features, labels, unit, int(unit.max()) + 1))
+    def contribution(batch: MicroBatch) -> torch.Tensor:
+        trainer.accumulate(batch)
         return trainer.contribution()
 
     largest = companions = 0.0
     for scale in (1.0, 1e3):
-        features, labels = synthetic(shape, units * per_unit, classes, scale)
-        unit = torch.arange(units).repeat_interleave(per_unit)
-        together = contribution(features, labels, unit)
+        batch = synthetic(inputs, unit, scale)
+        together = contribution(batch)
         alone = []
         for u in range(units):
-            mine = unit == u
-            alone.append(contribution(features[mine], labels[mine], torch.zeros(per_unit, dtype=torch.long)))
+            alone.append(contribution(_only(batch, unit == u)))
             largest = max(largest, alone[-1].double().norm().item() / run.max_grad_norm)
         gap = (torch.stack(alone).double().sum(0) - together.double()).norm().item() / run.max_grad_norm
         companions = max(companions, gap)
@@ -70,16 +87,36 @@ def rehearse(trainer: PrivateTrainer, shape: tuple[int, ...], classes: int) -> R
             f"rehearsal: one synthetic unit contributed {largest:.4g} × max_grad_norm; clipping does not hold for "
             "this model, nothing was charged."
         )
-    if not companions <= units * COMPANIONS:
+    if not companions <= units * (COMPANIONS if trainer.precision == "fp32" else COMPANIONS_BF16):
         raise PurserError(
             "rehearsal: a synthetic unit's contribution changed with its companions; nothing was charged."
         )
-    features, labels = synthetic(shape, per_unit, classes)
-    features[...] = float("inf")
-    if not bool((contribution(features, labels, torch.zeros(per_unit, dtype=torch.long)) == 0).all()):
-        raise PurserError("rehearsal: a non-finite record was let through; nothing was charged.")
-    features, labels = synthetic(shape, run.physical_batch_size, classes)
-    contribution(features, labels, torch.arange(run.physical_batch_size))
+    _check_agreement(trainer, synthetic(inputs, unit))
+    if not inputs.vocabulary:
+        batch = synthetic(inputs, torch.zeros(per_unit, dtype=torch.long))
+        batch.features[...] = float("inf")
+        if not bool((contribution(batch) == 0).all()):
+            raise PurserError("rehearsal: a non-finite record was let through; nothing was charged.")
+    contribution(synthetic(inputs, torch.arange(trainer.rows)))
     if any(not torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True)):
         raise PurserError("rehearsal: it changed the model; nothing was charged.")
-    return Rehearsal(sum(p.numel() for p in before), largest, companions, run.physical_batch_size)
+    trains = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    return Rehearsal(trains, largest, companions, trainer.rows)
+
+
+def _only(batch: MicroBatch, rows: torch.Tensor) -> MicroBatch:
+    """The records of one unit, chosen by `rows` [records]."""
+    mask = None if batch.mask is None else batch.mask[rows]
+    return MicroBatch(batch.features[rows], batch.labels[rows], torch.zeros(int(rows.sum()), dtype=torch.long), 1, mask)
+
+
+def _check_agreement(trainer: PrivateTrainer, batch: MicroBatch) -> None:
+    """The unclipped sum must be autograd's gradient: a weight that is used past its layer's hook shows here."""
+    for name, ours, theirs in trainer.gradients(batch):
+        gap = (ours.double() - theirs.double()).norm().item()
+        if not gap <= AGREEMENT[trainer.precision] * max(theirs.double().norm().item(), 1e-6):
+            raise PurserError(
+                f"rehearsal: the per-record gradients of {name} do not add up to its gradient; it is used outside its "
+                "layer's own forward pass, where no hook sees it. Use it as a layer only, or freeze it. Nothing was "
+                "charged."
+            )

@@ -6,8 +6,9 @@ ranks is Poisson at the run's sample_rate whatever the world size. What was draw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,14 +23,17 @@ class Shard:
     """One rank's private records, grouped by unit.
 
     Attributes:
-        features: float tensor [records, ...].
-        labels: int64 tensor [records].
+        features: float tensor [records, ...], or int64 tokens [records, length].
+        labels: int64 tensor [records]; or [records, length], the token that each token is, with -100 where it is not to
+            be predicted.
         offsets: int64 array [units + 1]; unit u owns records offsets[u] to offsets[u+1].
+        mask: int64 tensor [records, length], 1 where there is a token and 0 where there is padding; None for tables.
     """
 
     features: torch.Tensor
     labels: torch.Tensor
     offsets: np.ndarray
+    mask: torch.Tensor | None = None
 
     @property
     def units(self) -> int:
@@ -39,12 +43,36 @@ class Shard:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Whole units that go through the model at once: `unit` [records] numbers each record's unit from 0."""
+    """Whole units that go through the model at once.
+
+    Attributes:
+        features, labels, mask: as a shard's, [rows, ...]: the records, and then padding up to a public number of rows.
+        unit: int64 [records], which unit each record is of, from 0; on the CPU.
+        units: how many units there are.
+    """
 
     features: torch.Tensor
     labels: torch.Tensor
     unit: torch.Tensor
     units: int
+    mask: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """On `device`, but for `unit`."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, features=self.features.to(device), labels=self.labels.to(device), mask=mask)
+
+    def padded(self, rows: int) -> MicroBatch:
+        """With rows of zeros after the records, whose loss nobody asks for: every micro-batch has one shape."""
+        missing = rows - len(self.labels)
+        if missing <= 0:
+            return self
+
+        def fill(values: torch.Tensor, value: int) -> torch.Tensor:
+            return torch.cat([values, values.new_full((missing, *values.shape[1:]), value)])
+
+        mask = None if self.mask is None else fill(self.mask, 1)  # a row that attends to nothing would be NaN
+        return replace(self, features=fill(self.features, 0), labels=fill(self.labels, 0), mask=mask)
 
 
 class PoissonSampler:
@@ -60,20 +88,33 @@ class PoissonSampler:
         return np.flatnonzero(self._keys.bernoulli(self._units, self._run.sample_rate))
 
 
-def micro_batches(shard: Shard, joined: np.ndarray, physical_batch_size: int) -> Iterator[MicroBatch]:
-    """Cut a logical batch into micro-batches of at most `physical_batch_size` records, each unit whole in one."""
+def rows_of(run: DPSGDRun, ranks: int) -> int:
+    """How many rows every micro-batch has: physical_batch_size, or fewer where a rank's whole batch is expected to be
+    smaller. Made of public numbers only."""
+    share = run.expected_batch_size / ranks
+    most = math.ceil(share + 4 * math.sqrt(share)) * run.max_records_per_unit
+    return min(run.physical_batch_size, most)
+
+
+def micro_batches(shard: Shard, joined: np.ndarray, rows: int) -> Iterator[MicroBatch]:
+    """Cut a logical batch into micro-batches of `rows` rows, each unit whole in one; the last rows are padding.
+
+    Raises:
+        PurserError: a unit does not fit.
+    """
     sizes = shard.offsets[joined + 1] - shard.offsets[joined]
     first = 0
     while first < len(joined):
         last, records = first, 0
-        while last < len(joined) and records + sizes[last] <= physical_batch_size:
+        while last < len(joined) and records + sizes[last] <= rows:
             records += sizes[last]
             last += 1
         if last == first:
             raise PurserError("training.physical_batch_size: a unit has more records than one micro-batch may hold.")
         chosen = joined[first:last]
-        index = np.concatenate([np.arange(shard.offsets[u], shard.offsets[u + 1]) for u in chosen])
-        rows = torch.from_numpy(index)
+        index = torch.from_numpy(np.concatenate([np.arange(shard.offsets[u], shard.offsets[u + 1]) for u in chosen]))
         unit = torch.from_numpy(np.repeat(np.arange(last - first), sizes[first:last]))
-        yield MicroBatch(shard.features[rows], shard.labels[rows], unit, last - first)
+        mask = None if shard.mask is None else shard.mask[index]
+        batch = MicroBatch(shard.features[index], shard.labels[index], unit, last - first, mask)
+        yield batch.padded(rows)
         first = last

@@ -24,6 +24,7 @@ from training.models import build
 torch.set_num_threads(1)  # models this small only lose time to more, most of all on two shared cores
 
 KINDS = ("linear", "mlp", "cnn")
+MODES = ("bookkeeping", "hooks")
 WIDTH, CLASSES, IMAGE = 16, 3, (1, 4, 4)
 CLIP = {"linear": 5.6, "mlp": 2.2, "cnn": 1.2}  # near the median norm: some units are clipped, some are not
 
@@ -123,10 +124,12 @@ def noise_off():
         Keystream.normal = real
 
 
-def trained(model: nn.Module, shard: Shard, run: DPSGDRun, **optimizer: Any) -> torch.Tensor:
+def trained(
+    model: nn.Module, shard: Shard, run: DPSGDRun, clipping: str = "bookkeeping", **optimizer: Any
+) -> torch.Tensor:
     """The engine's parameters after the run, flat."""
     choice = Optimizer(**{"learning_rate": 0.5, **optimizer})
-    trainer = PrivateTrainer(model, choice, run)
+    trainer = PrivateTrainer(model, choice, run, clipping)
     trainer.steps(shard, PoissonSampler(run, shard.units), run.steps)
     return flat(trainer.unhook())
 
@@ -163,9 +166,9 @@ class Counted:
 
 
 def rank_main(rank: int, folder: str) -> None:
-    """One of three ranks: groups of three, two and one; what it saw goes to `folder`/rank.pt, for the parent."""
+    """One of four ranks: groups of four, three, two and one; what it saw goes to `folder`/rank.pt, for the parent."""
     seen: dict[str, Any] = {}
-    for world in (3, 2, 1):
+    for world in (4, 3, 2, 1):
         if rank < world:
             dist.init_process_group(
                 "gloo",
@@ -174,23 +177,25 @@ def rank_main(rank: int, folder: str) -> None:
                 world_size=world,
                 timeout=datetime.timedelta(seconds=60),
             )
-            seen[f"parameters{world}"] = {kind: _trained_as_rank(kind, rank, world) for kind in KINDS}
+            seen[f"parameters{world}"] = {
+                (kind, mode): _trained_as_rank(kind, mode, rank, world) for kind in KINDS for mode in MODES
+            }
             seen[f"noise{world}"] = _noise_as_rank()
-            if world == 3:
+            if world == 4:
                 seen |= _sampling_as_rank() | _collectives_as_rank(rank)
             dist.destroy_process_group()
     torch.save(seen, Path(folder) / f"{rank}.pt")
 
 
-def _trained_as_rank(kind: str, rank: int, world: int) -> torch.Tensor:
-    """Of three ranks the last holds nothing, ever; the others hold unequal shares."""
+def _trained_as_rank(kind: str, mode: str, rank: int, world: int) -> torch.Tensor:
+    """Of three or four ranks the last holds nothing, ever; the others hold unequal shares."""
     shard = shard_of()
-    holders = min(world, 2)
-    owner = np.minimum(np.arange(shard.units) % 3, holders - 1)
+    holders = max(1, min(world, 2) if world < 4 else 3)
+    owner = np.minimum(np.arange(shard.units) % (holders + 1), holders - 1)
     mine = part_of(shard, np.flatnonzero(owner == rank))
     with noise_off():
         # Another seed on every rank: the engine must start all of them from rank 0's parameters.
-        return trained(model_of(kind, seed=rank), mine, plan(max_grad_norm=CLIP[kind], physical_batch_size=4))
+        return trained(model_of(kind, seed=rank), mine, plan(max_grad_norm=CLIP[kind], physical_batch_size=4), mode)
 
 
 def _noise_as_rank() -> torch.Tensor:

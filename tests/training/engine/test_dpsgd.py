@@ -8,6 +8,7 @@ every rank takes the same step, and each step has one collective, however many o
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import sys
@@ -20,6 +21,7 @@ from dpsgd_reference import (
     CLASSES,
     CLIP,
     KINDS,
+    MODES,
     WIDE,
     flat,
     model_of,
@@ -59,11 +61,12 @@ def test_the_comparison_bites(kind):
 
 @pytest.mark.parametrize("physical_batch_size", [3, 4, 7, 64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_physical_batch_size_gives_the_reference(kind, physical_batch_size):
+@pytest.mark.parametrize("mode", MODES)
+def test_any_physical_batch_size_gives_the_reference(mode, kind, physical_batch_size):
     shard = shard_of()
     run = plan(max_grad_norm=CLIP[kind], physical_batch_size=physical_batch_size)
     with noise_off():
-        got = trained(model_of(kind), shard, run)
+        got = trained(model_of(kind), shard, run, mode)
     expected = reference(model_of(kind), shard, run, 0.5)
     assert (got - expected).abs().max() < SAME
     assert (expected - flat(model_of(kind))).abs().max() > 0.05  # it did train
@@ -85,10 +88,11 @@ def test_a_unit_is_clipped_once_not_record_by_record():
     assert (reference(model_of("mlp"), by_record, run, 0.5) - expected).abs().max() > 1e-2
 
 
-def test_a_unit_contributes_the_same_whatever_its_companions():
+@pytest.mark.parametrize("mode", MODES)
+def test_a_unit_contributes_the_same_whatever_its_companions(mode):
     """To fp32 accuracy, and P8's bound holds for each."""
     for kind in KINDS:
-        trainer = PrivateTrainer(model_of(kind), Optimizer(), plan(max_grad_norm=CLIP[kind]))
+        trainer = PrivateTrainer(model_of(kind), Optimizer(), plan(max_grad_norm=CLIP[kind]), mode)
         shard = shard_of()
         alone = []
         for u in range(shard.units):
@@ -163,7 +167,7 @@ def test_one_object_feeds_clipper_noise_sampler_and_lease():
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What three real processes over gloo saw. Started once, from a server that has imported torch for all three:
+    """What four real processes over gloo saw. Started once, from a server that has imported torch for all of them:
     each import takes seconds. The server is a fresh process: nothing of this one is in the ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:
@@ -171,22 +175,22 @@ def ranks(tmp_path_factory):
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         mp.get_context("forkserver").set_forkserver_preload(["dpsgd_reference"])
-        mp.start_processes(rank_main, args=(str(folder),), nprocs=3, start_method="forkserver")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(3)]
+        mp.start_processes(rank_main, args=(str(folder),), nprocs=4, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_any_number_of_ranks_gives_the_reference(ranks, world):
     """Ranks begin with unlike weights and hold unlike shares, one of three nothing at all: all end at the reference."""
     for kind in KINDS:
         expected = reference(model_of(kind), shard_of(), plan(max_grad_norm=CLIP[kind]), 0.5)
-        for seen in ranks[:world]:
-            got = seen[f"parameters{world}"][kind]
+        for seen, mode in itertools.product(ranks[:world], MODES):
+            got = seen[f"parameters{world}"][kind, mode]
             assert (got - expected).abs().max() < SAME
-            assert torch.equal(got, ranks[0][f"parameters{world}"][kind])
+            assert torch.equal(got, ranks[0][f"parameters{world}"][kind, mode])
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_the_sum_over_ranks_carries_the_noise_once(ranks, world):
     """No rank holds a unit, σ = 2, B = 4: a deviation of 0.5; it is 0.87 where every rank adds its own."""
     noise = ranks[0][f"noise{world}"]

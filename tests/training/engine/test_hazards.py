@@ -1,33 +1,37 @@
 """The hazards of DP-SGD engines (numbers as in the project's facts), each with the test that it does not apply here
-(P8, P9, P10). Hazards of modes that this version does not have (ghost and adaptive clipping, FSDP, TP) come with them.
+(P8, P9, P10). Not here: H9 (adaptive clipping), H17 and H18 (FSDP and TP), which the engine does not have; H7
+(torchcsprng) and H19 (several accountants): noise and accounting are our own.
 
 | # | hazard | where it is tested |
 | --- | --- | --- |
 | H1 | ranks skip empty batches | test_dpsgd: test_each_step_is_one_collective_on_every_rank |
 | H2 | one seed on every rank gives one sample, one noise | test_sampling: test_no_seed_reaches_the_coins |
 | H3 | a seeded or saved generator replays noise | test_noise: test_a_resumed_run_does_not_replay_noise |
-| H4 | a weight used by function escapes the norm | test_a_weight_used_by_function_is_within_the_bound |
+| H4 | a weight used by function escapes the norm | here: test_a_weight_…; test_language: test_an_embedding_used_by_… |
 | H5 | a second clip norm or noise multiplier | test_there_is_one_clip_norm_and_one_noise_multiplier |
-| H6 | sums in low precision | test_only_float32_parameters_train, test_sums_are_float32 |
-| H8 | one non-finite record poisons the sum | test_a_non_finite_unit_counts_as_zero |
+| H6 | sums in low precision | here: test_only_float32_…, test_sums_are_…; test_language: test_bf16_passes_keep_… |
+| H8 | one non-finite record poisons the sum | here: test_a_non_finite_…; test_contributions: test_a_unit_of_weight_… |
 | H10 | the number of records in the normaliser | test_dpsgd: test_the_declared_batch_size_divides_and_nothing_else |
 | H11 | ranks silently train separate models | test_dpsgd: test_any_number_of_ranks_gives_the_reference |
-| H12 | unequal micro-batches hang | test_dpsgd: ranks hold unequal shares |
+| H12 | unequal micro-batches hang | test_dpsgd: ranks hold unequal shares; test_steps: test_a_lost_rank_ends_the_step |
 | H13 | raw gradients stay in p.grad | test_no_raw_gradient_stays_behind |
 | H14 | a second backward discards the first | test_dpsgd: any physical batch size |
 | H15 | a parameter that is unused this time keeps an old gradient | test_a_parameter_that_was_not_used_is_refused |
+| H16 | steps follow from the sample rate | test_dpsgd: test_exactly_as_many_steps_as_asked_for_with_empty_batches_too |
+| H20 | the books fill and the weights stay | test_a_step_moves_every_parameter |
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from dpsgd_reference import KINDS, flat, model_of, noise_off, part_of, plan, shard_of, unit_of, whole
+from dpsgd_reference import KINDS, MODES, flat, model_of, noise_off, part_of, plan, shard_of, unit_of, whole
 from torch import nn
 from torch.nn import functional as F
 
 from cluster.errors import PurserError, UsageError
 from training.config import Optimizer
+from training.engine.contributions import PerUnit, Units
 from training.engine.run import SIGMA_MARGIN
 from training.engine.sampling import MicroBatch, PoissonSampler
 from training.engine.trainer import PrivateTrainer
@@ -36,8 +40,14 @@ from training.engine.validation import check_model
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")
 
 
-def trainer_of(model, **changes):
-    return PrivateTrainer(model, Optimizer(), plan(**changes))
+def trainer_of(model, mode="bookkeeping", **changes):
+    return PrivateTrainer(model, Optimizer(), plan(**changes), mode)
+
+
+def add(trainer, gradients, unit, units):
+    """Fold per-record gradients [records, numbers] of the model's one parameter into the trainer's sum."""
+    (parameter,) = trainer.model.parameters()
+    trainer._optimizer.accumulate({parameter: PerUnit(Units(unit, units).sums(gradients))})
 
 
 def contribution(trainer, batch):
@@ -47,8 +57,9 @@ def contribution(trainer, batch):
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e6, 1e15])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_unit_contributes_at_most_the_clip_norm(kind, scale):
-    trainer, shard = trainer_of(model_of(kind), max_grad_norm=0.25), shard_of()
+@pytest.mark.parametrize("mode", MODES)
+def test_a_unit_contributes_at_most_the_clip_norm(mode, kind, scale):
+    trainer, shard = trainer_of(model_of(kind), mode, max_grad_norm=0.25), shard_of()
     for u in range(shard.units):
         unit = unit_of(shard, u)
         batch = MicroBatch(unit.features * scale, unit.labels, unit.unit, 1)
@@ -57,9 +68,10 @@ def test_a_unit_contributes_at_most_the_clip_norm(kind, scale):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_non_finite_unit_counts_as_zero(kind, bad):
+@pytest.mark.parametrize("mode", MODES)
+def test_a_non_finite_unit_counts_as_zero(mode, kind, bad):
     """Whole, even if one of its records is fine; its companions count as if it were not there (H8)."""
-    trainer, shard = trainer_of(model_of(kind)), shard_of()
+    trainer, shard = trainer_of(model_of(kind), mode), shard_of()
     u = next(u for u in range(shard.units) if shard.offsets[u + 1] - shard.offsets[u] == 3)
     poisoned = part_of(shard, torch.arange(shard.units).numpy())
     poisoned.features[shard.offsets[u], 0] = bad
@@ -79,23 +91,20 @@ def test_a_non_finite_unit_counts_as_zero(kind, bad):
 def test_a_gradient_that_overflows_in_the_sum_of_a_unit_counts_as_zero():
     """Two records of 3e38 each are finite, their sum in fp32 is not."""
     trainer = trainer_of(nn.Sequential(nn.Linear(4, 1, bias=False)))
-    trainer.model[0].weight.grad_sample = torch.full((2, 1, 4), 3e38)
-    trainer._optimizer.accumulate(torch.zeros(2, dtype=torch.long), 1)
+    add(trainer, torch.full((2, 1, 4), 3e38), torch.zeros(2, dtype=torch.long), 1)
     assert (trainer.contribution() == 0).all()
 
 
 def test_a_zero_gradient_is_no_division_by_zero():
     trainer = trainer_of(nn.Sequential(nn.Linear(4, 1, bias=False)))
-    trainer.model[0].weight.grad_sample = torch.zeros(2, 1, 4)
-    trainer._optimizer.accumulate(torch.arange(2), 2)
+    add(trainer, torch.zeros(2, 1, 4), torch.arange(2), 2)
     assert (trainer.contribution() == 0).all()
 
 
 def test_the_bound_holds_for_huge_gradients():
     trainer = trainer_of(nn.Sequential(nn.Linear(64, 1, bias=False)), max_grad_norm=1e-6)
     for size in torch.linspace(1e37, 3.3e38, 60).tolist():
-        trainer.model[0].weight.grad_sample = torch.full((1, 1, 64), size)
-        trainer._optimizer.accumulate(torch.zeros(1, dtype=torch.long), 1)
+        add(trainer, torch.full((1, 1, 64), size), torch.zeros(1, dtype=torch.long), 1)
         assert trainer.contribution().double().norm() <= 1e-6 * SIGMA_MARGIN
 
 
@@ -107,9 +116,9 @@ def unit_more(units, clip, last=1):
         while count:
             now = min(count, 10_000)
             count -= now
-            trainer.model[0].weight.grad_sample = torch.full((now, 1, 1), 10.0)
-            trainer._optimizer.accumulate(torch.arange(now), now)
-        return trainer._optimizer._sum.double().item()
+            add(trainer, torch.full((now, 1, 1), 10.0), torch.arange(now), now)
+        optimizer = trainer._optimizer
+        return (optimizer._sum + optimizer._recent.double()).item()
 
     before = total(units)
     return (total(last) - before) / clip
@@ -127,20 +136,31 @@ def test_one_more_unit_moves_a_large_micro_batch_by_no_more_than_the_margin_cove
     sums = []
     for units in (100_000, 100_001):
         trainer = trainer_of(nn.Sequential(nn.Linear(1, 1, bias=False)), max_grad_norm=1.1)
-        trainer.model[0].weight.grad_sample = torch.full((units, 1, 1), 10.0)
-        trainer._optimizer.accumulate(torch.arange(units), units)
+        add(trainer, torch.full((units, 1, 1), 10.0), torch.arange(units), units)
         sums.append(trainer.contribution().double().item())
     assert abs((sums[1] - sums[0]) / 1.1 - 1) < SIGMA_MARGIN - 1
 
 
-def test_a_weight_used_by_function_is_within_the_bound():
+@pytest.mark.parametrize("mode", MODES)
+def test_a_weight_used_by_function_is_within_the_bound(mode):
     """The forward pass uses the first weight once more, past its hook. What is summed is what was normed (H4)."""
     model = model_of("mlp")
     plain = model.forward
     model.forward = lambda x: plain(x) + 50 * F.linear(x, model[0].weight)[:, :3]
-    trainer, shard = trainer_of(model), shard_of()
+    trainer, shard = trainer_of(model, mode), shard_of()
     for u in range(shard.units):
         assert contribution(trainer, unit_of(shard, u)).norm() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_moves_every_parameter(mode):
+    """What is charged for is applied (H20): also where no unit joined, by its noise."""
+    for units in (12, 0):
+        shard = part_of(shard_of(), torch.arange(units).numpy())
+        trainer = trainer_of(model_of("cnn"), mode)
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer.steps(shard, PoissonSampler(trainer.run, shard.units), 1)
+        assert all((p != old).all() for p, old in zip(trainer.model.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("field", ["max_grad_norm", "noise_multiplier"])
@@ -178,13 +198,15 @@ def test_only_float32_parameters_train(dtype):
 def test_sums_are_float32_or_better():
     trainer = trainer_of(model_of("cnn"))
     trainer.accumulate(whole(shard_of()))
+    assert trainer._optimizer._recent.dtype == torch.float32
     assert trainer._optimizer._sum.dtype == torch.float64
     assert trainer.contribution().dtype == torch.float64
 
 
-def test_no_raw_gradient_stays_behind():
+@pytest.mark.parametrize("mode", MODES)
+def test_no_raw_gradient_stays_behind(mode):
     """After a backward pass the only private thing left is the clipped sum, after a step not even that (H13)."""
-    trainer, shard = trainer_of(model_of("cnn")), shard_of()
+    trainer, shard = trainer_of(model_of("cnn"), mode), shard_of()
     trainer.accumulate(whole(shard))
     for p in trainer.model.parameters():
         assert p.grad is None
@@ -194,27 +216,32 @@ def test_no_raw_gradient_stays_behind():
         assert p.grad is None
         assert p.grad_sample is None
     assert (trainer._optimizer._sum == 0).all()
+    assert (trainer._optimizer._recent == 0).all()
+    hooks = trainer._hooks
+    assert not any(vars(hooks).get(kept) for kept in ("_kept", "_summed", "_inputs"))
 
 
-def test_a_parameter_that_was_not_used_is_refused():
+@pytest.mark.parametrize("mode", MODES)
+def test_a_parameter_that_was_not_used_is_refused(mode):
     """It may have been used the last time; an old gradient must not be taken for a new one (H15)."""
     model = model_of("mlp")
-    trainer, shard = trainer_of(model), shard_of()
+    trainer, shard = trainer_of(model, mode), shard_of()
     trainer.accumulate(whole(shard))
     model.forward = lambda x: model[0](x)[:, :3]
     with pytest.raises(PurserError, match="no per-record gradient"):
         trainer.accumulate(whole(shard))
 
 
-def test_a_module_used_twice_counts_both_uses():
-    """One module object at two places is allowed: Opacus adds its two gradients before we clip."""
+@pytest.mark.parametrize("mode", MODES)
+def test_a_module_used_twice_counts_both_uses(mode):
+    """One module object at two places is allowed: its two gradients are added before we clip."""
     torch.manual_seed(0)
     twice = nn.Linear(16, 16)
     model = nn.Sequential(twice, nn.Tanh(), twice, nn.Linear(16, 3))
     shard = shard_of(most=1)
     loss = F.cross_entropy(model(shard.features), shard.labels, reduction="sum")
     plain = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
-    trainer = trainer_of(model, max_grad_norm=1e6)
+    trainer = trainer_of(model, mode, max_grad_norm=1e6)
     assert (contribution(trainer, whole(shard)) - plain).abs().max() < 1e-5
 
 
@@ -225,7 +252,7 @@ REFUSED = {
     "InstanceNorm1d": (lambda: nn.InstanceNorm1d(4, track_running_stats=True), "statistics of records"),
     "LSTM": (lambda: nn.LSTM(4, 4), "per-record gradients are not supported"),
     "GRU": (lambda: nn.GRU(4, 4), "per-record gradients are not supported"),
-    "Dropout": (lambda: nn.Dropout(), "not on the list"),
+    "Dropout": (lambda: nn.Dropout(), "set it to 0"),
     "Bilinear": (lambda: nn.Bilinear(4, 4, 4), "not on the list"),
     "MultiheadAttention": (lambda: nn.MultiheadAttention(4, 2), "not on the list"),
     "PReLU": (lambda: nn.PReLU(), "not on the list"),

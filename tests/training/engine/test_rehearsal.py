@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dpsgd_reference import CLASSES, IMAGE, KINDS, WIDTH, flat, model_of, noise_off, plan, shard_of
+from dpsgd_reference import CLASSES, IMAGE, KINDS, MODES, WIDTH, flat, model_of, noise_off, plan, shard_of
 from torch import nn
 
 from cluster.errors import PurserError
 from training.config import Model, Optimizer
 from training.engine import rehearsal
+from training.engine.contributions import Units
 from training.engine.optimizer import PrivateOptimizer
-from training.engine.rehearsal import TOLERANCE, rehearse, synthetic
+from training.engine.rehearsal import TOLERANCE, Inputs, rehearse, synthetic
 from training.engine.run import SIGMA_MARGIN
 from training.engine.sampling import PoissonSampler
 from training.engine.trainer import PrivateTrainer
@@ -21,17 +22,21 @@ from training.models import build
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")
 
 
-def trainer_of(kind="mlp", **changes):
-    return PrivateTrainer(model_of(kind), Optimizer(), plan(**changes))
+INPUTS = Inputs((WIDTH,), CLASSES)
+
+
+def trainer_of(kind="mlp", mode="hooks", **changes):
+    return PrivateTrainer(model_of(kind), Optimizer(), plan(**changes), mode)
 
 
 @pytest.mark.parametrize("per_unit", [1, 3])
 @pytest.mark.parametrize("clip", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("kind", KINDS)
-def test_sound_models_pass(kind, clip, per_unit):
-    trainer = trainer_of(kind, max_grad_norm=clip, max_records_per_unit=per_unit, physical_batch_size=12)
+@pytest.mark.parametrize("mode", MODES)
+def test_sound_models_pass(mode, kind, clip, per_unit):
+    trainer = trainer_of(kind, mode, max_grad_norm=clip, max_records_per_unit=per_unit, physical_batch_size=12)
     before = flat(trainer.model)
-    seen = rehearse(trainer, (WIDTH,), CLASSES)
+    seen = rehearse(trainer, INPUTS)
     assert seen.parameters == before.numel()
     assert seen.physical_batch_size == 12
     assert 0 < seen.largest_norm <= 1 + TOLERANCE
@@ -44,7 +49,7 @@ def test_sound_models_pass(kind, clip, per_unit):
 def test_a_fresh_linear_model_passes():
     """All zeros: its gradients are not."""
     trainer = PrivateTrainer(build(Model(kind="linear"), WIDTH, CLASSES, IMAGE), Optimizer(), plan())
-    assert rehearse(trainer, (WIDTH,), CLASSES).largest_norm > 0.99
+    assert rehearse(trainer, INPUTS).largest_norm > 0.99
 
 
 def test_nothing_of_the_rehearsal_goes_into_the_first_step():
@@ -53,7 +58,7 @@ def test_nothing_of_the_rehearsal_goes_into_the_first_step():
     for rehearsed in (False, True):
         trainer = trainer_of()
         if rehearsed:
-            rehearse(trainer, (WIDTH,), CLASSES)
+            rehearse(trainer, INPUTS)
         with noise_off():
             trainer.steps(shard_of(), PoissonSampler(trainer.run, 12), 2)
         after.append(flat(trainer.model))
@@ -61,7 +66,7 @@ def test_nothing_of_the_rehearsal_goes_into_the_first_step():
 
 
 def test_a_physical_batch_of_one_unit_is_rehearsed():
-    assert rehearse(trainer_of(physical_batch_size=3), (WIDTH,), CLASSES).physical_batch_size == 3
+    assert rehearse(trainer_of(physical_batch_size=3), INPUTS).physical_batch_size == 3
 
 
 def test_the_largest_micro_batch_is_tried(monkeypatch):
@@ -71,7 +76,7 @@ def test_the_largest_micro_batch_is_tried(monkeypatch):
     monkeypatch.setattr(
         PrivateTrainer, "accumulate", lambda self, batch: sizes.append(len(batch.labels)) or real(self, batch)
     )
-    rehearse(trainer_of(physical_batch_size=37), (WIDTH,), CLASSES)
+    rehearse(trainer_of(physical_batch_size=37), INPUTS)
     assert max(sizes) == 37
 
 
@@ -79,27 +84,22 @@ def test_synthetic_inputs_are_made_of_nothing():
     """The same every time, finite, with every label; no generator is asked (P13)."""
     torch.manual_seed(0)
     state = torch.random.get_rng_state()
-    features, labels = synthetic((2, 3), 7, 4, scale=10.0)
-    again, _ = synthetic((2, 3), 7, 4, scale=10.0)
+    made, again = (synthetic(Inputs((2, 3), 4), torch.arange(7), scale=10.0) for _ in range(2))
+    features, labels = made.features, made.labels
     assert features.shape == (7, 2, 3)
     assert features.dtype == torch.float32
-    assert torch.equal(features, again)
+    assert torch.equal(features, again.features)
     assert torch.isfinite(features).all()
     assert 5 < features.abs().max() <= 10
     assert labels.tolist() == [0, 1, 2, 3, 0, 1, 2]
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def broken(factors, *, records=False, guarded=True):
-    """PrivateOptimizer.accumulate with other clipping; `factors` maps norms (of units, or of records) to factors."""
+def broken(factors, *, guarded=True):
+    """PrivateOptimizer.accumulate with other clipping; `factors` maps norms to factors."""
 
-    def accumulate(self, unit, units):
-        flat_records = torch.cat([p.grad_sample.reshape(len(unit), -1) for p in self.params], dim=1)
-        for p in self.params:
-            p.grad_sample = p.grad = None
-        groups = flat_records
-        if not records:
-            groups = torch.zeros(units, flat_records.shape[1]).index_add_(0, unit, flat_records)
+    def accumulate(self, contributions):
+        groups = torch.cat([contributions[p].gradients for p in self.params], dim=1)
         norms = groups.norm(dim=1)
         scale = factors(norms, self.max_grad_norm)
         finite = torch.isfinite(norms) if guarded else torch.ones_like(norms, dtype=torch.bool)
@@ -115,14 +115,13 @@ def clipped(norms, bound):
 def test_the_stand_in_is_sound_when_it_clips(monkeypatch):
     """So that what the next tests catch is what they break."""
     monkeypatch.setattr(PrivateOptimizer, "accumulate", broken(clipped))
-    rehearse(trainer_of(), (WIDTH,), CLASSES)
+    rehearse(trainer_of(), INPUTS)
 
 
 BROKEN = {
     "no clipping": (broken(lambda norms, bound: torch.ones_like(norms)), "clipping does not hold"),
     "twice the norm": (broken(lambda norms, bound: clipped(norms, 2 * bound)), "clipping does not hold"),
     "a last digit too much": (broken(lambda norms, bound: clipped(norms, bound * 1.0001)), "clipping does not hold"),
-    "records instead of units": (broken(clipped, records=True), "clipping does not hold"),
     "one norm for all units": (
         broken(lambda norms, bound: torch.where(torch.isfinite(norms), clipped(norms.norm(), bound), 0.0)),
         "changed with its companions",
@@ -141,28 +140,41 @@ def test_broken_clipping_is_caught(monkeypatch, name):
     trainer = trainer_of()
     before = flat(trainer.model)
     with pytest.raises(PurserError, match=rf"^rehearsal: .*{why}.*nothing was charged"):
-        rehearse(trainer, (WIDTH,), CLASSES)
+        rehearse(trainer, INPUTS)
     assert torch.equal(flat(trainer.model), before)
+
+
+def test_records_clipped_in_place_of_units_are_caught(monkeypatch):
+    real = Units.sums
+
+    def sums(self, records):
+        flat_records = records.flatten(1)
+        return real(self, flat_records * clipped(flat_records.norm(dim=1), 1.0)[:, None])
+
+    monkeypatch.setattr(Units, "sums", sums)
+    monkeypatch.setattr(PrivateOptimizer, "accumulate", broken(lambda norms, bound: torch.ones_like(norms)))
+    with pytest.raises(PurserError, match="rehearsal: "):
+        rehearse(trainer_of(), INPUTS)
 
 
 def test_a_non_finite_record_let_through_is_caught(monkeypatch):
     monkeypatch.setattr(PrivateOptimizer, "accumulate", broken(clipped, guarded=False))
     with pytest.raises(PurserError, match="non-finite record was let through"):
-        rehearse(trainer_of(), (WIDTH,), CLASSES)
+        rehearse(trainer_of(), INPUTS)
 
 
 def test_a_non_finite_record_that_counts_a_little_is_caught(monkeypatch):
     """Finite, small, and still one record's own mark."""
     real = PrivateOptimizer.accumulate
 
-    def accumulate(self, unit, units):
-        marked = any(not torch.isfinite(p.grad_sample).all() for p in self.params)
-        real(self, unit, units)
+    def accumulate(self, contributions):
+        marked = any(not torch.isfinite(contributions[p].gradients).all() for p in self.params)
+        real(self, contributions)
         self._sum[0] += 1e-6 * marked
 
     monkeypatch.setattr(PrivateOptimizer, "accumulate", accumulate)
     with pytest.raises(PurserError, match="non-finite record was let through"):
-        rehearse(trainer_of(), (WIDTH,), CLASSES)
+        rehearse(trainer_of(), INPUTS)
 
 
 def test_records_that_touch_each_other_in_the_model_are_caught():
@@ -170,7 +182,7 @@ def test_records_that_touch_each_other_in_the_model_are_caught():
     model = model_of("mlp")
     model[0].register_forward_hook(lambda module, inputs, output: output - output.mean(0))
     with pytest.raises(PurserError, match="changed with its companions"):
-        rehearse(PrivateTrainer(model, Optimizer(), plan()), (WIDTH,), CLASSES)
+        rehearse(PrivateTrainer(model, Optimizer(), plan()), INPUTS)
 
 
 def test_a_model_that_changes_in_the_forward_pass_is_caught():
@@ -182,14 +194,14 @@ def test_a_model_that_changes_in_the_forward_pass_is_caught():
 
     model[0].register_forward_hook(drift)
     with pytest.raises(PurserError, match="changed the model"):
-        rehearse(PrivateTrainer(model, Optimizer(), plan()), (WIDTH,), CLASSES)
+        rehearse(PrivateTrainer(model, Optimizer(), plan()), INPUTS)
 
 
 def test_a_parameter_without_a_gradient_is_caught():
     model = nn.Sequential(nn.Linear(WIDTH, 8), nn.Linear(8, CLASSES))
     model.forward = lambda x: model[0](x)[:, :CLASSES]
     with pytest.raises(PurserError, match="no per-record gradient"):
-        rehearse(PrivateTrainer(model, Optimizer(), plan()), (WIDTH,), CLASSES)
+        rehearse(PrivateTrainer(model, Optimizer(), plan()), INPUTS)
 
 
 def test_the_tolerance_lies_within_the_margin_that_the_noise_carries():
@@ -200,10 +212,11 @@ def test_the_tolerance_lies_within_the_margin_that_the_noise_carries():
 def test_a_companion_s_influence_beyond_the_margin_is_caught(monkeypatch):
     real = PrivateOptimizer.accumulate
 
-    def accumulate(self, unit, units):
-        real(self, unit, units)
+    def accumulate(self, contributions):
+        real(self, contributions)
+        units = len(contributions[self.params[0]].gradients)
         self._sum[0] += 1.5 * (SIGMA_MARGIN - 1) * self.max_grad_norm * (units > 1)
 
     monkeypatch.setattr(PrivateOptimizer, "accumulate", accumulate)
     with pytest.raises(PurserError, match="changed with its companions"):
-        rehearse(trainer_of(), (WIDTH,), CLASSES)
+        rehearse(trainer_of(), INPUTS)

@@ -150,10 +150,13 @@ def test_micro_batches_hold_each_joined_unit_whole_and_once(data):
     batches = list(micro_batches(shard, joined, physical))
     seen = []
     for batch in batches:
-        assert 1 <= len(batch.labels) <= physical
-        assert batch.units == len(set(batch.labels.tolist())) == int(batch.unit.max()) + 1
+        records = len(batch.unit)
+        assert 1 <= records <= len(batch.labels) == len(batch.features) == physical
+        assert not batch.features[records:].any()  # padding is made of nothing
+        assert not batch.labels[records:].any()
+        assert batch.units == len(set(batch.labels[:records].tolist())) == int(batch.unit.max()) + 1
         for u in range(batch.units):
-            mine = batch.unit == u
+            mine = (batch.unit == u).nonzero()[:, 0]
             (name,) = set(batch.labels[mine].tolist())
             first, last = shard.offsets[name], shard.offsets[name + 1]
             assert batch.features[mine].flatten().tolist() == list(range(first, last))
@@ -161,7 +164,7 @@ def test_micro_batches_hold_each_joined_unit_whole_and_once(data):
     assert seen == joined.tolist()
     # A micro-batch is closed only because the next unit would not fit.
     for batch, following in zip(batches, batches[1:], strict=False):
-        assert len(batch.labels) + int((following.unit == 0).sum()) > physical
+        assert len(batch.unit) + int((following.unit == 0).sum()) > physical
 
 
 def test_a_unit_that_does_not_fit_is_never_cut():

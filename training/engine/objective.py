@@ -1,0 +1,34 @@
+"""The loss of each record, by itself (P8): no batch statistic, no normaliser that records share."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from training.engine.sampling import MicroBatch
+
+IGNORED = -100  # a label that is not to be predicted
+
+
+def record_losses(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """Cross-entropy of every record of `batch`, without its padding. Shape [records], fp32.
+
+    Labels [rows] are classes. Labels [rows, length] are tokens: each is predicted from those before it, and a record's
+    loss is the mean over its own predicted tokens.
+    """
+    records = len(batch.unit)
+    logits = logits_of(model, batch)[:records].float()
+    labels = batch.labels[:records]
+    if labels.dim() == 1:
+        return F.cross_entropy(logits, labels, reduction="none")
+    wanted = labels[:, 1:]
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
+    return losses.sum(1) / (wanted != IGNORED).sum(1).clamp(min=1)
+
+
+def logits_of(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """What the model says of every row: a plain module's output, or a transformers model's logits."""
+    if batch.mask is None:
+        return model(batch.features)
+    return model(input_ids=batch.features, attention_mask=batch.mask).logits
