@@ -51,10 +51,10 @@ class BookKeepingHooks(PerRecordHooks):
         self._names = {module: name for name, module in self._module.named_modules()}
         # Something must ask for gradients while no parameter does.
         self._tape = torch.zeros((), device=self._trainable[0].device, requires_grad=True)
-        self._units = Units(torch.zeros(0, dtype=torch.long), 0)
         self._kept: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._summed: dict[torch.Tensor, torch.Tensor] = {}
         self._inputs: dict[tuple[Any, ...], torch.Tensor] = {}  # one object for what several layers were given
+        self._forget()
         self._module.autograd_grad_sample_hooks = []
         self.autograd_grad_sample_hooks = self._module.autograd_grad_sample_hooks
         self._modules = list(self.iterate_submodules(self._module))
@@ -73,13 +73,13 @@ class BookKeepingHooks(PerRecordHooks):
     def _keep(self, module: nn.Module, saved: tuple[torch.Tensor, ...], g: torch.Tensor) -> None:
         """During the backward pass: write per-unit gradients out at once where they are small, else keep both."""
         a = saved[0]
+        if len(a) != self._rows or len(g) != self._rows:
+            raise PurserError(
+                f"model: the input of {self._names[module]} has not one row per record, so that there is no per-record "
+                "gradient; freeze this layer."
+            )
         records = len(self._units.of_record)
-        if len(a) != records or len(g) != records:
-            if len(a) < records or len(a) != len(g):
-                raise PurserError(
-                    f"model: the input of {self._names[module]} has not one row per record, so that there is no "
-                    "per-record gradient; freeze this layer."
-                )
+        if records != self._rows:
             a, g = a[:records], g[:records]  # rows after the records are padding, whose gradients are zero
         if a.dtype != g.dtype and a.is_floating_point():
             a = a.to(g.dtype)  # autocast takes a layer's input in the dtype of its output
@@ -97,16 +97,19 @@ class BookKeepingHooks(PerRecordHooks):
         """Whether norms by times are less work than gradients written out; the same for every call of a pass."""
         if module in self._kept:
             return bool(self._kept[module])
-        times = a.numel() // (len(a) * module.in_features) * -(-len(a) // self._units.count)
+        records = max(1, len(a))
+        times = a.numel() // (records * module.in_features) * -(-records // max(1, self._units.count))
         return times * (module.in_features + module.out_features) < module.in_features * module.out_features
 
     def _add(self, parameter: torch.Tensor, per_unit: torch.Tensor) -> None:
         self._summed[parameter] = self._summed[parameter] + per_unit if parameter in self._summed else per_unit
 
     @contextmanager
-    def one_pass(self, units: Units) -> Iterator[None]:
-        """One forward and backward pass over records of `units`, in which no gradient of a parameter is computed."""
-        self._kept, self._summed, self._inputs, self._units = {}, {}, {}, units
+    def one_pass(self, units: Units, rows: int) -> Iterator[None]:
+        """One forward and backward pass over `rows` rows, the first of which are the records of `units`, in which no
+        gradient of a parameter is computed."""
+        self._forget()
+        self._units, self._rows = units, rows
         for parameter in self._trainable:
             parameter.requires_grad_(False)
         try:
@@ -147,8 +150,12 @@ class BookKeepingHooks(PerRecordHooks):
                     for parameter, sample in self.GRAD_SAMPLERS[type(module)](module, [a], g).items():
                         self._add(parameter, self._units.sums(sample))
         found |= {parameter: PerUnit(gradients) for parameter, gradients in self._summed.items()}
-        self._kept, self._summed, self._inputs = {}, {}, {}
+        self._forget()
         return found
+
+    def _forget(self) -> None:
+        self._kept, self._summed, self._inputs = {}, {}, {}
+        self._units, self._rows = Units(torch.zeros(0, dtype=torch.long), 0), 0
 
 
 def _timed(values: torch.Tensor) -> torch.Tensor:

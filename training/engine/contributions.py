@@ -57,6 +57,10 @@ class Units:
                 units = (sizes == size).nonzero()[:, 0]
                 yield units, order[starts[units][:, None] + torch.arange(size)]
 
+    def joined(self, records: torch.Tensor, of_unit: torch.Tensor) -> torch.Tensor:
+        """Records joined along time: [records, times, ...] and [units, size] → [units, size·times, ...]."""
+        return records if self.single else records[of_unit.to(records.device)].flatten(1, 2)
+
     def gram(self, activations: torch.Tensor, of_units: torch.Tensor) -> torch.Tensor:
         """Inner products of a unit's times, of `of_units` = (units, size, records joined) of `activations`; computed
         once for all layers that share an input."""
@@ -115,7 +119,7 @@ class Products:
         """See `Contribution`."""
         norms = torch.zeros(self.units.count, dtype=torch.float64, device=self.backprops.device)
         for numbers, records in self.units.by_size():
-            a, g = (_of_units(t, records) for t in (self.activations, self.backprops))
+            a, g = (self.units.joined(t, records) for t in (self.activations, self.backprops))
             norms[numbers.to(norms.device)] = _guarded(
                 (self.units.gram(self.activations, a) * (g @ g.mT)).sum((1, 2), dtype=torch.float64),
                 a,
@@ -154,7 +158,7 @@ class Lookups:
         """See `Contribution`."""
         norms = torch.zeros(self.units.count, dtype=torch.float64, device=self.backprops.device)
         for numbers, records in self.units.by_size():
-            entries, g = (_of_units(t, records) for t in (self.entries, self.backprops))
+            entries, g = (self.units.joined(t, records) for t in (self.entries, self.backprops))
             same = entries[:, :, None] == entries[:, None, :]
             norms[numbers.to(norms.device)] = _guarded(
                 (same * (g @ g.mT)).sum((1, 2), dtype=torch.float64), None, g, g.shape[2]
@@ -168,26 +172,21 @@ class Lookups:
         total.view(self.shape).index_add_(0, self.entries.flatten(), g.flatten(0, 1))
 
 
-def _of_units(records: torch.Tensor, of_unit: torch.Tensor) -> torch.Tensor:
-    """Records joined along time: [records, times, ...] and [units, size] → [units, size·times, ...]."""
-    if of_unit.shape[1] == 1 and len(of_unit) == len(records):  # every record of a micro-batch, in order
-        return records
-    return records[of_unit.to(records.device)].flatten(1, 2)
-
-
 def _guarded(squared: torch.Tensor, a: torch.Tensor | None, g: torch.Tensor, longest: int) -> torch.Tensor:
-    """`squared`, raised where its terms cancel so much that fp32 could have lost what is left.
+    """`squared`, raised where fp32 could have lost what is left of it.
 
-    Each inner product of n numbers is off by at most 8·√n·2^-24 of the product of its lengths, but for a probability
-    that no run meets (Higham and Mary 2019, theorem 3.1), so the sum is off by at most twice that times S², where
-    S = Σ_t ‖a_t‖·‖g_t‖. Where it may be off by more than 2^-10 of itself, that is added.
+    Where terms cancel: an inner product of n numbers is off by less than 8·√n·2^-24 of the product of its lengths, in
+    the model of independent rounding errors (Higham and Mary 2019, theorem 3.1), so the sum is off by less than twice
+    that times S², S = Σ_t ‖a_t‖·‖g_t‖. Where this may be more than 2^-11 of the sum, it is added. Where products are
+    below what fp32 can hold: each of them loses at most 2^-126, which is added for all of them.
     """
-    lengths = torch.linalg.vector_norm(g, dim=2)
-    if a is not None:
-        lengths = lengths * torch.linalg.vector_norm(a, dim=2)
-    off = 2 * 8 * math.sqrt(longest) * _ROUNDING * lengths.sum(1, dtype=torch.float64).square()
+    times, least = g.shape[1], math.sqrt(longest) * 2.0**-63  # what the squares in a length may have lost
+    of_g = torch.linalg.vector_norm(g, dim=2).double() + least
+    of_a = torch.ones_like(of_g) if a is None else torch.linalg.vector_norm(a, dim=2).double() + least
+    off = 2 * 8 * math.sqrt(longest) * _ROUNDING * (of_a * of_g).sum(1).square()
+    lost = longest * 2.0**-126 * (of_a.sum(1).square() + of_g.sum(1).square() + times**2)
     # Written so that NaN is kept: it must be seen, and its unit counted as zero.
-    return torch.where(squared >= 2.0**10 * off, squared, squared.clamp(min=0) + off)
+    return torch.where(squared >= 2.0**11 * off, squared, squared.clamp(min=0) + off) + lost
 
 
 def _without(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

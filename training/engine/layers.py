@@ -30,6 +30,17 @@ class PerRecordHooks(GradSampleHooks):
         }
         super().__init__(model, loss_reduction="sum", strict=False)
 
+    def forget(self) -> None:
+        """Drop what a pass that failed has left: it was computed from records."""
+        for module in self._module.modules():
+            for left in ("activations", "max_batch_len"):
+                vars(module).pop(left, None)
+        for p in self._module.parameters():
+            if hasattr(p, "_current_grad_sample"):
+                del p._current_grad_sample
+            if p.requires_grad:
+                p.grad_sample, p._forward_counter, p.grad = None, 0, None
+
 
 def without_padding(layer: nn.Embedding, entries: torch.Tensor, backprops: torch.Tensor) -> torch.Tensor:
     """`backprops` [..., width] with zeros where `entries` [...] is padding, whose row torch leaves as it is."""

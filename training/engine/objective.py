@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from training.engine.sampling import MicroBatch
 
 IGNORED = -100  # a label that is not to be predicted
+CAUSAL = ("llama", "gpt2")  # config.model_type
 
 
 def record_losses(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -31,4 +32,15 @@ def logits_of(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """What the model says of every row: a plain module's output, or a transformers model's logits."""
     if batch.mask is None:
         return model(batch.features)
+    if causal(model):
+        return model(input_ids=batch.features).logits
     return model(input_ids=batch.features, attention_mask=batch.mask).logits
+
+
+def causal(model: nn.Module) -> bool:
+    """Whether a token sees only those before it, so that padding after a record needs no mask.
+
+    A mask is not given then: transformers takes another kernel where all of a batch's mask is 1, so that one padded
+    record would change what its companions come out as.
+    """
+    return getattr(getattr(model, "config", None), "model_type", None) in CAUSAL

@@ -22,13 +22,13 @@ from training.engine.run import DPSGDRun
 # The released sum lies on multiples of a public power of two, about σC·2^-18: the low bits of floating-point noise,
 # by which sums can be told apart (Mironov 2012), are not released.
 GRID_BITS = 18
-# The most that units × additions may become in the fp32 sum before it goes to the fp64 one. Each addition rounds a sum
-# of at most units × max_grad_norm by 2^-24 of it: all of them together by 2^-12 of max_grad_norm.
-_EXACT = 4096
+# The most that units × additions may become in the fp32 sum before it goes to the fp64 one, with batches of up to 2^14
+# units; less for larger ones: a sum that goes over in many parts is rounded anew in each when one unit more is in it.
+SPAN, SPANNED = 1024, 2**24
 # The collective carries fp32 while expected_batch_size × ranks is at most this, and fp64 above. Taking un-noised sums
-# to fp32 and adding W of them up rounds W times, each by at most 2^-24 of a sum of at most n·max_grad_norm, in which n,
-# what joined, is below twice what was expected: for two neighbours 2·W·2^-24·2·B ≤ 2^-10 of max_grad_norm.
-FP32_SUMS = 4096
+# to fp32 and adding W of them up rounds W times, each by at most 2^-24 of a sum of at most n·max_grad_norm. Where n,
+# what joined, is up to twice what was expected, that is 2·W·2^-24·2·B ≤ 2^-12 of max_grad_norm for two neighbours.
+FP32_SUMS = 1024
 
 
 class PrivateOptimizer(DPOptimizer):
@@ -56,7 +56,9 @@ class PrivateOptimizer(DPOptimizer):
         self._size = sum(p.numel() for p in self.params)
         self._sum = torch.zeros(self._size, dtype=torch.float64, device=self.params[0].device)
         self._recent = torch.zeros(self._size, device=self._sum.device)
+        self._span = max(1, min(SPAN, SPANNED // run.expected_batch_size))
         self._additions = self._units = 0
+        self._whole = True  # whether the last micro-batch was added in all of its parts
         self._keys = Keystream()
         self._grid = 2.0 ** (math.floor(math.log2(run.noise_std)) - GRID_BITS)
 
@@ -90,8 +92,15 @@ class PrivateOptimizer(DPOptimizer):
             contributions: one for every trainable parameter, over the same units.
 
         Raises:
-            PurserError: a parameter has none.
+            PurserError: a parameter has none, torch is set to multiply fp32 matrices in less, or an earlier micro-batch
+                failed half-way.
         """
+        self._check_whole()
+        if torch.get_float32_matmul_precision() != "highest":
+            raise PurserError(
+                "torch: float32 matrix products are set to a lower precision, in which a unit's norm could come out "
+                "too small; leave torch.set_float32_matmul_precision at highest. training.precision: bf16 is safe."
+            )
         if any(p not in contributions for p in self.params):
             raise PurserError(
                 "model: a trainable parameter got no per-record gradient; every one must be used in each forward "
@@ -99,25 +108,34 @@ class PrivateOptimizer(DPOptimizer):
             )
         parts = [contributions[p] for p in self.params]
         factors = clip_factors(torch.stack([part.squared_norms() for part in parts]).sum(0), self._run.max_grad_norm)
-        holes = len(factors) > _EXACT or bool((factors == 0).any())
-        for first in range(0, len(factors), _EXACT):
+        holes = len(factors) > self._span or bool((factors == 0).any())
+        self._whole = False
+        for first in range(0, len(factors), self._span):
             weights = factors
-            if len(factors) > _EXACT:
+            if len(factors) > self._span:
                 weights = torch.zeros_like(factors)
-                weights[first : first + _EXACT] = factors[first : first + _EXACT]
-            self._make_room(min(len(factors), _EXACT))
+                weights[first : first + self._span] = factors[first : first + self._span]
+            self._make_room(min(len(factors), self._span))
             start = 0
             for p, part in zip(self.params, parts, strict=True):
                 part.add_to(self._recent[start : start + p.numel()], weights, holes)
                 start += p.numel()
+        self._whole = True
 
     def _make_room(self, units: int) -> None:
         """Before `units` more go to the fp32 sum: empty it into the fp64 one where it would become inexact."""
         self._additions += 1
         self._units += units
-        if self._additions * self._units > _EXACT:
+        if self._additions * self._units > self._span:
             self._flush()
             self._additions, self._units = 1, units
+
+    def _check_whole(self) -> None:
+        if not self._whole:
+            raise PurserError(
+                "training: a micro-batch was added in part only (out of memory?); start again with a smaller "
+                "training.physical_batch_size. What was authorised is spent."
+            )
 
     def _flush(self) -> None:
         self._sum += self._recent
@@ -126,6 +144,7 @@ class PrivateOptimizer(DPOptimizer):
 
     def contribution(self) -> torch.Tensor:
         """Hand over and clear the un-noised sum: for the rehearsal on synthetic inputs only. Shape [parameters]."""
+        self._check_whole()
         self._flush()
         taken, self._sum = self._sum, torch.zeros_like(self._sum)
         return taken
@@ -136,6 +155,7 @@ class PrivateOptimizer(DPOptimizer):
         Raises:
             PurserError: another rank ended or kept silent for longer than the process group's timeout.
         """
+        self._check_whole()
         self._flush()
         distributed = dist.is_available() and dist.is_initialized()
         if not distributed or dist.get_rank() == 0:

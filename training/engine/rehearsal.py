@@ -5,6 +5,7 @@ Real records may not be seen here. The model's parameters are the same afterward
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,6 @@ from training.engine.trainer import PrivateTrainer
 # What fp32 may add to a contribution's norm; far inside the margin that the noise carries (run.SIGMA_MARGIN).
 TOLERANCE = 1e-5
 COMPANIONS = 2.0**-13  # the same for what a unit's companions may change, over max_grad_norm
-COMPANIONS_BF16 = 2.0**-4  # passes in bf16 round by the shape of a batch; each contribution is clipped as it came out
 AGREEMENT = {"fp32": 1e-3, "bf16": 0.1}  # how far per-record gradients may be from autograd's, relative
 
 
@@ -65,15 +65,16 @@ def rehearse(trainer: PrivateTrainer, inputs: Inputs) -> Rehearsal:
     run = trainer.run
     before = [p.detach().clone() for p in trainer.model.parameters()]
     per_unit = run.max_records_per_unit
-    units = max(1, min(4, trainer.rows // per_unit))
-    unit = torch.arange(units).repeat_interleave(per_unit)
 
     def contribution(batch: MicroBatch) -> torch.Tensor:
         trainer.accumulate(batch)
         return trainer.contribution()
 
     largest = companions = 0.0
-    for scale in (1.0, 1e3):
+    # Units as large as they may be, and as small: of the latter, more share a micro-batch.
+    for size, scale in itertools.product(sorted({1, per_unit}), (1.0, 1e3)):
+        units = max(1, min(4, trainer.rows // size))
+        unit = torch.arange(units).repeat_interleave(size)
         batch = synthetic(inputs, unit, scale)
         together = contribution(batch)
         alone = []
@@ -87,11 +88,11 @@ def rehearse(trainer: PrivateTrainer, inputs: Inputs) -> Rehearsal:
             f"rehearsal: one synthetic unit contributed {largest:.4g} × max_grad_norm; clipping does not hold for "
             "this model, nothing was charged."
         )
-    if not companions <= units * (COMPANIONS if trainer.precision == "fp32" else COMPANIONS_BF16):
+    if not companions <= 4 * COMPANIONS:
         raise PurserError(
             "rehearsal: a synthetic unit's contribution changed with its companions; nothing was charged."
         )
-    _check_agreement(trainer, synthetic(inputs, unit))
+    _check_agreement(trainer, batch)
     if not inputs.vocabulary:
         batch = synthetic(inputs, torch.zeros(per_unit, dtype=torch.long))
         batch.features[...] = float("inf")
@@ -100,6 +101,7 @@ def rehearse(trainer: PrivateTrainer, inputs: Inputs) -> Rehearsal:
     contribution(synthetic(inputs, torch.arange(trainer.rows)))
     if any(not torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True)):
         raise PurserError("rehearsal: it changed the model; nothing was charged.")
+    trainer.check_fixed()
     trains = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     return Rehearsal(trains, largest, companions, trainer.rows)
 

@@ -27,7 +27,7 @@ class Shard:
         labels: int64 tensor [records]; or [records, length], the token that each token is, with -100 where it is not to
             be predicted.
         offsets: int64 array [units + 1]; unit u owns records offsets[u] to offsets[u+1].
-        mask: int64 tensor [records, length], 1 where there is a token and 0 where there is padding; None for tables.
+        mask: int64 tensor [records, length], 1 where there is a token and 0 in the padding after them; None for tables.
     """
 
     features: torch.Tensor
@@ -63,7 +63,11 @@ class MicroBatch:
         return replace(self, features=self.features.to(device), labels=self.labels.to(device), mask=mask)
 
     def padded(self, rows: int) -> MicroBatch:
-        """With rows of zeros after the records, whose loss nobody asks for: every micro-batch has one shape."""
+        """With rows of zeros after the records, whose loss nobody asks for: every micro-batch has one shape.
+
+        Their mask is 1 but for its end: a row that attends to nothing would be NaN, and where every mask is 1
+        transformers may take another kernel.
+        """
         missing = rows - len(self.labels)
         if missing <= 0:
             return self
@@ -71,7 +75,10 @@ class MicroBatch:
         def fill(values: torch.Tensor, value: int) -> torch.Tensor:
             return torch.cat([values, values.new_full((missing, *values.shape[1:]), value)])
 
-        mask = None if self.mask is None else fill(self.mask, 1)  # a row that attends to nothing would be NaN
+        mask = self.mask
+        if mask is not None:
+            mask = fill(mask, 1)
+            mask[-missing:, -1] = 0
         return replace(self, features=fill(self.features, 0), labels=fill(self.labels, 0), mask=mask)
 
 
@@ -97,7 +104,7 @@ def rows_of(run: DPSGDRun, ranks: int) -> int:
 
 
 def micro_batches(shard: Shard, joined: np.ndarray, rows: int) -> Iterator[MicroBatch]:
-    """Cut a logical batch into micro-batches of `rows` rows, each unit whole in one; the last rows are padding.
+    """Cut a logical batch into micro-batches of at most `rows` records, each unit whole in one.
 
     Raises:
         PurserError: a unit does not fit.
@@ -115,6 +122,5 @@ def micro_batches(shard: Shard, joined: np.ndarray, rows: int) -> Iterator[Micro
         index = torch.from_numpy(np.concatenate([np.arange(shard.offsets[u], shard.offsets[u + 1]) for u in chosen]))
         unit = torch.from_numpy(np.repeat(np.arange(last - first), sizes[first:last]))
         mask = None if shard.mask is None else shard.mask[index]
-        batch = MicroBatch(shard.features[index], shard.labels[index], unit, last - first, mask)
-        yield batch.padded(rows)
+        yield MicroBatch(shard.features[index], shard.labels[index], unit, last - first, mask)
         first = last

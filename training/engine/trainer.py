@@ -20,7 +20,7 @@ from cluster.errors import PurserError, UsageError
 from training.engine.bookkeeping import BookKeepingHooks
 from training.engine.contributions import Contribution, PerUnit, Units
 from training.engine.layers import PerRecordHooks
-from training.engine.objective import record_losses
+from training.engine.objective import causal, record_losses
 from training.engine.optimizer import PrivateOptimizer
 from training.engine.run import DPSGDRun
 from training.engine.sampling import MicroBatch, PoissonSampler, Shard, micro_batches, rows_of
@@ -110,7 +110,6 @@ class PrivateTrainer:
         self.run = run
         self.device = next(p for p in model.parameters() if p.requires_grad).device
         self.precision = precision
-        self._fixed = fixed_state(model)
         if activation_checkpointing:
             checkpoint_activations(model, clipping)
         self._hooks = PerRecordHooks(model) if clipping == "hooks" else BookKeepingHooks(model)
@@ -123,24 +122,32 @@ class PrivateTrainer:
             self.rows = rows_of(run, dist.get_world_size())
             for parameter in model.parameters():
                 dist.broadcast(parameter.data, src=0)
+        self._fixed = fixed_state(model)
 
     def accumulate(self, batch: MicroBatch) -> None:
         """One forward and one backward pass over whole units, and their clipped contributions into the sum."""
         self._optimizer.accumulate(self._contributions(batch))
 
     def _contributions(self, batch: MicroBatch) -> Mapping[torch.Tensor, Contribution]:
-        units = Units(batch.unit, batch.units)
+        units, batch = Units(batch.unit, batch.units), self._whole(batch)
         if isinstance(self._hooks, BookKeepingHooks):
-            with self._hooks.one_pass(units):
+            with self._hooks.one_pass(units, len(batch.labels)):
                 self._loss(batch).backward()
             return self._hooks.contributions()
-        self._loss(batch).backward()
-        return per_record_gradients(self._optimizer.params, units)
+        try:
+            self._loss(batch).backward()
+            return per_record_gradients(self._optimizer.params, units)
+        finally:
+            self._hooks.forget()
+
+    def _whole(self, batch: MicroBatch) -> MicroBatch:
+        """`batch` in the one shape that all have, on the device. With a mask there is a row of padding in any case."""
+        return batch.padded(self.rows + (batch.mask is not None and not causal(self.model))).to(self.device)
 
     def _loss(self, batch: MicroBatch) -> torch.Tensor:
         """Summed over records, so that they never share a normaliser."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            losses = record_losses(self.model, batch.to(self.device))
+            losses = record_losses(self.model, batch)
         return losses.sum()
 
     def gradients(self, batch: MicroBatch) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -149,7 +156,7 @@ class PrivateTrainer:
         names = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         ours = self._contributions(batch)
         self._hooks.disable_hooks()
-        theirs = torch.autograd.grad(self._loss(batch), [p for _, p in names], allow_unused=True)
+        theirs = torch.autograd.grad(self._loss(self._whole(batch)), [p for _, p in names], allow_unused=True)
         self._hooks.enable_hooks()
         ones = torch.ones(batch.units, device=self.device)
         for (name, p), true in zip(names, theirs, strict=True):
@@ -177,6 +184,7 @@ class PrivateTrainer:
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
+            "fixed": self._fixed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -184,18 +192,24 @@ class PrivateTrainer:
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
+        self._fixed = state["fixed"]
+        self.check_fixed()
 
-    def unhook(self) -> nn.Module:
-        """Take Opacus's hooks off and return the plain model, for release.
+    def check_fixed(self) -> None:
+        """See that buffers and frozen tensors are what they were at the run's start.
 
         Raises:
-            PurserError: a buffer or frozen tensor is not what it was at the start: it may hold what no noise covers.
+            PurserError: one of them is not: it may hold what no noise covers.
         """
-        self._hooks.remove_hooks()
         after = fixed_state(self.model)
         for name, digest in self._fixed.items():
             if after[name] != digest:
                 raise PurserError(f"model: {name} is frozen, and yet it changed in training; nothing is released.")
+
+    def unhook(self) -> nn.Module:
+        """Take Opacus's hooks off and return the plain model, for release; see `check_fixed`."""
+        self._hooks.remove_hooks()
+        self.check_fixed()
         return self.model
 
 

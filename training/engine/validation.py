@@ -145,8 +145,24 @@ def _check_module(at: str, module: nn.Module) -> None:
         raise UsageError(f"{at} holds a parameter of its own, which no hook would see; move it into a layer.")
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq or module.sparse):
         raise UsageError(f"{at} uses max_norm, scale_grad_by_freq or sparse, which touch other records; turn it off.")
+    if (isinstance(module, nn.Flatten) and module.start_dim < 1) or (
+        isinstance(module, nn.Unflatten) and not _later(module.dim)
+    ):
+        raise UsageError(f"{at} could join or split the records of a batch; give it a dimension of 1 or more.")
+    if getattr(module, "inplace", False):
+        raise UsageError(f"{at} writes over its input, which the layer before it still needs; set inplace=False.")
+    if isinstance(module, nn.LayerNorm) and module.elementwise_affine and module.bias is None:
+        raise UsageError(f"{at} has no bias, which Opacus cannot do without; use bias=True.")
+    if getattr(module, "attention_dropout", 0):
+        raise UsageError(f"{at} drops numbers at random; set attention_dropout to 0 before the model is made.")
+    if getattr(module, "rope_type", "default") in ("dynamic", "longrope"):
+        raise UsageError(f"{at} changes its positions with the longest record seen; use another rope_type.")
     if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
         raise UsageError(f"{at} pads with {module.padding_mode}, for which Opacus has no gradient; use zeros.")
+
+
+def _later(dim: object) -> bool:
+    return isinstance(dim, int) and dim >= 1
 
 
 def _check_attention(model: nn.Module) -> None:

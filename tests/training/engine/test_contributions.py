@@ -10,7 +10,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from dpsgd_reference import WIDTH, flat, model_of, plan, shard_of, unit_of, whole
+from dpsgd_reference import MODES, WIDTH, flat, model_of, plan, shard_of, unit_of, whole
 from torch import nn
 
 from cluster.errors import PurserError
@@ -70,6 +70,29 @@ def test_a_unit_of_weight_zero_adds_exactly_nothing(bad):
         total = torch.zeros(written.shape[1])
         contribution.add_to(total, factors, holes=True)
         assert torch.allclose(total.double(), written[:2].sum(0), atol=1e-4)
+
+
+def test_norms_go_to_their_own_units():
+    """A record each, but in another order."""
+    order = torch.tensor([3, 1, 2, 0])
+    units, (a, g) = Units(order, 4), torch.randn(2, 4, 1, 6)
+    entries = torch.zeros(4, 1, dtype=torch.long)
+    want = torch.zeros(4).index_add_(0, order, a.square().sum((1, 2)) * g.square().sum((1, 2)))
+    assert torch.allclose(Products(a, g, units).squared_norms().float(), want)
+    want = torch.zeros(4).index_add_(0, order, g.square().sum((1, 2)))
+    assert torch.allclose(Lookups(entries, g, units, torch.Size((2, 6))).squared_norms().float(), want)
+
+
+@pytest.mark.parametrize("clip", [1e-6, 1e-3, 1.0])
+def test_products_below_fp32_do_not_hide_a_norm(clip):
+    """An activation of 1.8e19 and gradients whose squares are below what fp32 can hold: their product counts."""
+    for size in (1e-25, 1e-23, 1e-21, 1e-19):
+        a, g = torch.zeros(1, 2, 100), torch.full((1, 2, 100), size)
+        a[0, :, 0] = 1.8e19
+        contribution = Products(a, g, Units(torch.zeros(1, dtype=torch.long), 1))
+        total = torch.zeros(100 * 100)
+        contribution.add_to(total, clip_factors(contribution.squared_norms(), clip), holes=False)
+        assert total.double().norm() <= clip * SIGMA_MARGIN
 
 
 def test_cancellation_never_makes_a_norm_too_small():
@@ -176,6 +199,56 @@ def test_a_pass_that_fails_leaves_a_trainer_that_works():
     assert torch.equal(trainer.contribution(), want)
 
 
+def test_a_failed_pass_leaves_nothing_of_its_records():
+    """Opacus keeps activations, and gradients that it had begun, on modules and parameters."""
+    for mode in MODES:
+        trainer, shard = PrivateTrainer(model_of("mlp"), Optimizer(), plan(), mode), shard_of()
+        trainer.accumulate(whole(shard))
+        want = trainer.contribution()
+        batch = whole(shard)
+        bad = MicroBatch(batch.features, torch.full_like(batch.labels, 99), batch.unit, batch.units)
+        with pytest.raises((RuntimeError, IndexError)):
+            trainer.accumulate(bad)
+        handle = trainer.model[2].weight.register_hook(lambda _: 1 / 0) if mode == "hooks" else None
+        if handle:
+            with pytest.raises(ZeroDivisionError):
+                trainer.accumulate(batch)
+            handle.remove()
+        assert not any(vars(m).get("activations") for m in trainer.model.modules())
+        for p in trainer.model.parameters():
+            assert p.grad is None
+            assert p.grad_sample is None
+            assert not hasattr(p, "_current_grad_sample")
+        trainer.accumulate(batch)
+        assert torch.equal(trainer.contribution(), want)
+
+
+def test_a_micro_batch_that_was_added_in_part_ends_the_run(monkeypatch):
+    """Tried again, its first parameters would count twice."""
+    trainer, shard = PrivateTrainer(model_of("mlp"), Optimizer(), plan()), shard_of()
+    real, left = PerUnit.add_to, iter([True, False])
+
+    def add_to(self, *arguments):
+        if not next(left, True):
+            raise RuntimeError("out of memory")
+        real(self, *arguments)
+
+    monkeypatch.setattr(PerUnit, "add_to", add_to)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.accumulate(whole(shard))
+    for act in (lambda: trainer.accumulate(whole(shard)), trainer.contribution, trainer._optimizer.step):
+        with pytest.raises(PurserError, match="added in part only"):
+            act()
+
+
+def test_nothing_of_a_micro_batch_is_kept():
+    trainer = PrivateTrainer(model_of("mlp"), Optimizer(), plan())
+    trainer.accumulate(whole(shard_of()))
+    hooks = trainer._hooks
+    assert len(hooks._units.of_record) == 0
+    assert not any((hooks._kept, hooks._summed, hooks._inputs, hooks._units._grams))
+
+
 def test_no_gradient_of_a_weight_is_computed():
     """That is what one backward pass saves; autograd itself is asked."""
     trainer = PrivateTrainer(model_of("mlp"), Optimizer(), plan())
@@ -199,5 +272,12 @@ def test_frozen_and_buffered_tensors_are_as_they_were_at_release():
         with pytest.raises(PurserError, match=rf"{name} is frozen, and yet it changed.*nothing is released"):
             trainer.unhook()
         tensor.data.copy_(before)
+    state = trainer.state_dict()
+    resumed = PrivateTrainer(model_of("mlp", seed=5), Optimizer(), plan())
+    resumed.model[2].requires_grad_(False)
+    resumed.model[0].register_buffer("seen", torch.zeros(1))
+    resumed._fixed = {}
+    resumed.load_state_dict({**state, "optimizer": resumed.state_dict()["optimizer"]})
+    resumed.check_fixed()  # another start's frozen weights were replaced by the checkpoint's
     assert trainer.unhook() is model
     assert flat(model).numel() > WIDTH

@@ -132,6 +132,23 @@ def test_one_more_unit_moves_a_large_sum_by_no_more_than_the_margin_covers():
     assert abs(unit_more(1_000_000, 1.1) - 1) < SIGMA_MARGIN - 1
 
 
+@pytest.mark.parametrize("rows", [64, 4096])
+def test_one_more_unit_in_front_moves_a_large_sum_by_no_more_than_the_margin_covers(rows):
+    """It shifts every micro-batch after it, and so how each of them is rounded. All units point the same way."""
+    units, numbers = 131_072, 50
+    torch.manual_seed(0)
+    direction = torch.randn(numbers)
+    sizes = torch.rand(units) + 10.0
+    sums = []
+    for count in (units, units - 1):
+        model = nn.Sequential(nn.Linear(numbers, 1, bias=False))
+        trainer = trainer_of(model, expected_batch_size=units, physical_batch_size=rows, max_grad_norm=1.1)
+        for gradients in (sizes[units - count :, None] * direction).split(rows):
+            add(trainer, gradients, torch.arange(len(gradients)), len(gradients))
+        sums.append(trainer.contribution())
+    assert abs((sums[0] - sums[1]).norm().item() / 1.1 - 1) < SIGMA_MARGIN - 1
+
+
 def test_one_more_unit_moves_a_large_micro_batch_by_no_more_than_the_margin_covers():
     sums = []
     for units in (100_000, 100_001):
@@ -195,6 +212,18 @@ def test_only_float32_parameters_train(dtype):
     check_model(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).to(dtype).requires_grad_(False)))
 
 
+def test_products_in_less_than_float32_are_refused():
+    """TF32 and bf16 products would keep 11 or 8 bits of a norm (H6)."""
+    trainer, torch_default = trainer_of(model_of("mlp")), torch.get_float32_matmul_precision()
+    try:
+        for precision in ("high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            with pytest.raises(PurserError, match="lower precision"):
+                trainer.accumulate(whole(shard_of()))
+    finally:
+        torch.set_float32_matmul_precision(torch_default)
+
+
 def test_sums_are_float32_or_better():
     trainer = trainer_of(model_of("cnn"))
     trainer.accumulate(whole(shard_of()))
@@ -246,6 +275,10 @@ def test_a_module_used_twice_counts_both_uses(mode):
 
 
 REFUSED = {
+    "Flatten": (lambda: nn.Flatten(0, 1), "join or split the records"),
+    "Unflatten": (lambda: nn.Unflatten(0, (1, -1)), "join or split the records"),
+    "ReLU": (lambda: nn.ReLU(inplace=True), "inplace=False"),
+    "LayerNorm": (lambda: nn.LayerNorm(4, bias=False), "use bias=True"),
     "BatchNorm1d": (lambda: nn.BatchNorm1d(4), "mixes the records"),
     "BatchNorm2d": (lambda: nn.BatchNorm2d(4), "mixes the records"),
     "SyncBatchNorm": (lambda: nn.SyncBatchNorm(4), "mixes the records"),

@@ -274,7 +274,7 @@ def test_checkpoints_hold_nothing_about_keys(monkeypatch):
     assert len(given) >= 4
     for secret in given:
         assert secret not in file.getvalue()
-    assert set(state) <= {"model", "optimizer", "schedule"}
+    assert set(state) <= {"model", "optimizer", "schedule", "fixed"}
     torch.load(io.BytesIO(file.getvalue()), weights_only=True)  # plain tensors and numbers
 
 

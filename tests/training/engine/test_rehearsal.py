@@ -185,6 +185,37 @@ def test_records_that_touch_each_other_in_the_model_are_caught():
         rehearse(PrivateTrainer(model, Optimizer(), plan()), INPUTS)
 
 
+def test_records_that_touch_each_other_where_one_large_unit_fills_a_micro_batch(monkeypatch):
+    """Units may have 8 records and a micro-batch has 8 rows; but units of one record share it."""
+    monkeypatch.setattr("training.engine.validation._later", lambda dim: True)
+    monkeypatch.setattr(nn.Flatten, "start_dim", 1, raising=False)
+    mixing = nn.Sequential(
+        nn.Unflatten(0, (1, 1, -1)),
+        nn.AvgPool2d((3, 1), 1, (1, 0)),
+        nn.Unflatten(0, (1, -1)),
+        Joined(),
+        nn.Linear(16, 3),
+    )
+    monkeypatch.setattr("training.engine.trainer.check_model", lambda *_, **__: None)
+    run = plan(max_records_per_unit=8, physical_batch_size=8)
+    with pytest.raises(PurserError, match="changed with its companions"):
+        rehearse(PrivateTrainer(mixing, Optimizer(), run), INPUTS)
+
+
+class Joined(nn.Module):
+    def forward(self, x):
+        return x.reshape(-1, WIDTH)
+
+
+def test_a_buffer_that_changes_in_the_forward_pass_is_caught():
+    """Before anything is charged, not at release."""
+    model = model_of("mlp")
+    model[0].register_buffer("seen", torch.zeros(1))
+    model[0].register_forward_hook(lambda module, inputs, output: module.seen.add_(1) and None)
+    with pytest.raises(PurserError, match=r"0\.seen is frozen, and yet it changed"):
+        rehearse(PrivateTrainer(model, Optimizer(), plan()), INPUTS)
+
+
 def test_a_model_that_changes_in_the_forward_pass_is_caught():
     model = model_of("mlp")
 

@@ -151,9 +151,12 @@ def test_micro_batches_hold_each_joined_unit_whole_and_once(data):
     seen = []
     for batch in batches:
         records = len(batch.unit)
-        assert 1 <= records <= len(batch.labels) == len(batch.features) == physical
-        assert not batch.features[records:].any()  # padding is made of nothing
-        assert not batch.labels[records:].any()
+        assert 1 <= records == len(batch.labels) == len(batch.features) <= physical
+        padded = batch.padded(physical)
+        assert len(padded.labels) == len(padded.features) == physical
+        assert torch.equal(padded.features[:records], batch.features)
+        assert not padded.features[records:].any()  # padding is made of nothing
+        assert not padded.labels[records:].any()
         assert batch.units == len(set(batch.labels[:records].tolist())) == int(batch.unit.max()) + 1
         for u in range(batch.units):
             mine = (batch.unit == u).nonzero()[:, 0]
