@@ -271,9 +271,8 @@ def test_a_padded_companion_changes_nothing(name, precision):
     random = np.random.default_rng(0)
     tokens = torch.from_numpy(random.integers(1, WORDS, (8, LENGTH)))
     labels = tokens if causal else torch.arange(8) % CLASSES
-    trainer = PrivateTrainer(
-        model, Optimizer(), plan(max_grad_norm=0.1, max_records_per_unit=1), "bookkeeping", precision
-    )
+    run = plan(max_grad_norm=0.1, max_records_per_unit=1, physical_batch_size=8)
+    trainer = PrivateTrainer(model, Optimizer(), run, "bookkeeping", precision)
     sums = []
     for last in (LENGTH, LENGTH - 3):
         mask = torch.ones_like(tokens)
