@@ -259,7 +259,7 @@ def bytes_per_step() -> float:
 
 def measure(quick: bool) -> dict[str, float]:
     """All of it."""
-    rounds = 5 if quick else 15
+    rounds = 3 if quick else 7
     lora = rates(True, ["plain", "hooks", "purser"], rounds)
     full = rates(False, ["plain", "ghost", "purser", "purser hooks"], rounds)
     result = {
