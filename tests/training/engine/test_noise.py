@@ -113,11 +113,46 @@ def test_each_number_of_draws_is_served(monkeypatch):
     assert stats.kstest(Keystream().normal(100_001), "norm").pvalue > RARE
 
 
+@pytest.fixture
+def threads():
+    """torch's number of threads, by which large draws are shared out, as most users have it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
+def test_draws_of_several_threads_are_normal_and_none_comes_twice(threads):
+    """Each has a key of its own: with one key for all, chunks would repeat."""
+    stream = Keystream()
+    draws = np.concatenate([stream.normal(600_001), stream.normal(400_000)])
+    assert len(stream._helpers) == threads
+    assert len(np.unique(draws)) == len(draws)
+    assert stats.kstest(draws, "norm").pvalue > RARE
+
+
+def test_threads_of_a_forked_child_draw_other_streams(threads):
+    """Parent and child have used their helpers before the fork; 200,000 numbers, none in common."""
+    stream, count = Keystream(), 200_000
+    stream.normal(count)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(stream.normal(count).tobytes())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        theirs = np.frombuffer(pipe.read())
+    os.waitpid(child, 0)
+    assert len(theirs) == count
+    assert len(np.intersect1d(theirs, stream.normal(count))) == 0
+
+
 def test_draws_are_independent_within_one_call():
     """At small lags, and between the two halves that Box and Muller make from one radius; squares too."""
     draws = Keystream().normal(1_000_000)
-    half = len(draws) // 2
-    for lag in (1, 2, 3, 64, half):
+    for lag in (1, 2, 3, 64, randomness._CHUNK // 2, randomness._CHUNK, len(draws) // 2):
         assert not correlated(draws[:-lag], draws[lag:])
         assert not correlated(draws[:-lag] ** 2, draws[lag:] ** 2)
 
