@@ -44,6 +44,14 @@ class Units:
         summed = torch.zeros(self.count, flat.shape[1], device=flat.device)
         return summed.index_add_(0, self.of_record.to(flat.device), flat)
 
+    def rows(self, part: slice) -> slice | torch.Tensor:
+        """The records of the units from part.start to part.stop."""
+        if part.start <= 0 and part.stop >= self.count:
+            return slice(None)
+        if self.single:
+            return part
+        return ((self.of_record >= part.start) & (self.of_record < part.stop)).nonzero()[:, 0]
+
     def by_size(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Units with equally many records, together: (unit numbers [n], their records [n, size])."""
         if self.single:
@@ -76,10 +84,13 @@ class Contribution(Protocol):
     def squared_norms(self) -> torch.Tensor:
         """Shape [units], fp64; never below the true value by more than the run's margin covers."""
 
-    def add_to(self, total: torch.Tensor, weights: torch.Tensor, holes: bool) -> None:
-        """Add Σ_u weights[u]·gradient_u to `total`, fp32 [parameter's numbers]; `weights` [units] fp32.
+    def add_to(self, total: torch.Tensor, weights: torch.Tensor, part: slice, holes: bool) -> None:
+        """Add Σ_u weights[u]·gradient_u over the units of `part` to `total`.
 
         Args:
+            total: fp32 [parameter's numbers], added to in place.
+            weights: fp32 [units], of all units.
+            part: from which unit to which.
             holes: whether a weight is 0; such a unit adds exactly nothing, whatever its gradient.
         """
 
@@ -94,9 +105,11 @@ class PerUnit:
         """See `Contribution`."""
         return torch.linalg.vector_norm(self.gradients, dim=1, dtype=torch.float64).square()
 
-    def add_to(self, total: torch.Tensor, weights: torch.Tensor, holes: bool) -> None:
+    def add_to(self, total: torch.Tensor, weights: torch.Tensor, part: slice, holes: bool) -> None:
         """See `Contribution`."""
-        gradients = _without(weights, self.gradients) if holes else self.gradients
+        weights, gradients = weights[part], self.gradients[part]
+        if holes:
+            gradients = _without(weights, gradients)
         total.addmv_(gradients.T, weights)
 
 
@@ -128,10 +141,11 @@ class Products:
             )
         return norms
 
-    def add_to(self, total: torch.Tensor, weights: torch.Tensor, holes: bool) -> None:
+    def add_to(self, total: torch.Tensor, weights: torch.Tensor, part: slice, holes: bool) -> None:
         """See `Contribution`."""
-        per_record = weights[self.units.of_record.to(weights.device)]
-        a, g = self.activations, self.backprops
+        rows = self.units.rows(part)
+        per_record = weights[self.units.of_record[rows].to(weights.device)]
+        a, g = self.activations[rows], self.backprops[rows]
         if holes:
             a, g = _without(per_record, a), _without(per_record, g)
         if a.shape[2] < g.shape[2]:
@@ -165,11 +179,15 @@ class Lookups:
             )
         return norms
 
-    def add_to(self, total: torch.Tensor, weights: torch.Tensor, holes: bool) -> None:
+    def add_to(self, total: torch.Tensor, weights: torch.Tensor, part: slice, holes: bool) -> None:
         """See `Contribution`."""
-        per_record = weights[self.units.of_record.to(weights.device)]
-        g = (_without(per_record, self.backprops) if holes else self.backprops) * per_record[:, None, None]
-        total.view(self.shape).index_add_(0, self.entries.flatten(), g.flatten(0, 1))
+        rows = self.units.rows(part)
+        per_record = weights[self.units.of_record[rows].to(weights.device)]
+        g = self.backprops[rows]
+        if holes:
+            g = _without(per_record, g)
+        g = g * per_record[:, None, None]
+        total.view(self.shape).index_add_(0, self.entries[rows].flatten(), g.flatten(0, 1))
 
 
 def _guarded(squared: torch.Tensor, a: torch.Tensor | None, g: torch.Tensor, longest: int) -> torch.Tensor:

@@ -108,17 +108,14 @@ class PrivateOptimizer(DPOptimizer):
             )
         parts = [contributions[p] for p in self.params]
         factors = clip_factors(torch.stack([part.squared_norms() for part in parts]).sum(0), self._run.max_grad_norm)
-        holes = len(factors) > self._span or bool((factors == 0).any())
+        holes = bool((factors == 0).any())
         self._whole = False
         for first in range(0, len(factors), self._span):
-            weights = factors
-            if len(factors) > self._span:
-                weights = torch.zeros_like(factors)
-                weights[first : first + self._span] = factors[first : first + self._span]
-            self._make_room(min(len(factors), self._span))
+            some = slice(first, min(first + self._span, len(factors)))
+            self._make_room(some.stop - some.start)
             start = 0
             for p, part in zip(self.params, parts, strict=True):
-                part.add_to(self._recent[start : start + p.numel()], weights, holes)
+                part.add_to(self._recent[start : start + p.numel()], factors, some, holes)
                 start += p.numel()
         self._whole = True
 

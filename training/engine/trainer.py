@@ -163,7 +163,7 @@ class PrivateTrainer:
             if p not in ours:
                 raise PurserError(f"model: {name} got no per-record gradient; it must be used in each forward pass.")
             total = torch.zeros(p.numel(), device=self.device)
-            ours[p].add_to(total, ones, holes=False)
+            ours[p].add_to(total, ones, slice(0, batch.units), holes=False)
             yield name, total, torch.zeros_like(total) if true is None else true.flatten()
 
     def steps(self, shard: Shard, sampler: PoissonSampler, count: int) -> None:

@@ -44,13 +44,16 @@ def kept(times=4, scale=1.0, seed=0):
     yield of_units(rows.flatten(1)), Lookups(entries, g, units, torch.Size((ROWS, 7)))
 
 
+@pytest.mark.parametrize("parts", [[slice(0, 3)], [slice(0, 2), slice(2, 3)], [slice(n, n + 1) for n in range(3)]])
 @pytest.mark.parametrize("times", [1, 4])
-def test_norms_and_sums_are_those_of_the_gradients(times):
+def test_norms_and_sums_are_those_of_the_gradients(times, parts):
+    """Of all units at once, or of some at a time."""
     weights = torch.tensor([0.5, 2.0, 0.25])
     for written, contribution in kept(times):
         assert torch.allclose(contribution.squared_norms(), written.square().sum(1), rtol=1e-5)
         total = torch.full((written.shape[1],), 3.0)
-        contribution.add_to(total, weights, holes=False)
+        for part in parts:
+            contribution.add_to(total, weights, part, holes=False)
         assert torch.allclose(total.double() - 3, weights.double() @ written, atol=1e-4)
 
 
@@ -68,8 +71,20 @@ def test_a_unit_of_weight_zero_adds_exactly_nothing(bad):
         factors = clip_factors(contribution.squared_norms(), 1e6)
         assert factors.tolist() == [1.0, 1.0, 0.0]
         total = torch.zeros(written.shape[1])
-        contribution.add_to(total, factors, holes=True)
+        contribution.add_to(total, factors, slice(0, 3), holes=True)
         assert torch.allclose(total.double(), written[:2].sum(0), atol=1e-4)
+
+
+def test_some_units_of_many_are_those_units():
+    """Units of one record each, in order, where records are units."""
+    units, (a, g), weights = Units(torch.arange(5), 5), torch.randn(2, 5, 3, 4), torch.rand(5)
+    whole, parts = torch.zeros(16), torch.zeros(16)
+    contribution = Products(a, g, units)
+    contribution.add_to(whole, weights, slice(0, 5), holes=False)
+    for part in (slice(0, 2), slice(2, 4), slice(4, 5)):
+        contribution.add_to(parts, weights, part, holes=False)
+    assert torch.allclose(whole, parts, atol=1e-5)
+    assert torch.allclose(whole.view(4, 4), torch.einsum("n,nto,nti->oi", weights, g, a), atol=1e-5)
 
 
 def test_norms_go_to_their_own_units():
@@ -91,7 +106,8 @@ def test_products_below_fp32_do_not_hide_a_norm(clip):
         a[0, :, 0] = 1.8e19
         contribution = Products(a, g, Units(torch.zeros(1, dtype=torch.long), 1))
         total = torch.zeros(100 * 100)
-        contribution.add_to(total, clip_factors(contribution.squared_norms(), clip), holes=False)
+        factors = clip_factors(contribution.squared_norms(), clip)
+        contribution.add_to(total, factors, slice(0, 1), holes=False)
         assert total.double().norm() <= clip * SIGMA_MARGIN
 
 
@@ -108,7 +124,7 @@ def test_cancellation_never_makes_a_norm_too_small():
         gradient = torch.einsum("to,ti->oi", contribution.backprops[0].double(), contribution.activations[0].double())
         factor = clip_factors(contribution.squared_norms(), 1e-3)
         total = torch.zeros(40 * 300)
-        contribution.add_to(total, factor, holes=False)
+        contribution.add_to(total, factor, slice(0, 1), holes=False)
         worst = max(worst, float(factor[0]) * gradient.norm().item() / 1e-3)
         assert total.double().norm() <= 1e-3 * SIGMA_MARGIN
     assert 0.01 < worst <= SIGMA_MARGIN
