@@ -239,7 +239,7 @@ def test_a_checkpoint_holds_nothing_about_keys(desk):
     desk.train()
     with desk.checkpoint.as_directory() as folder:
         state = torch.load(f"{folder}/state.pt", weights_only=True)
-    assert set(state) == {"model", "optimizer", "schedule", "steps"}
+    assert set(state) == {"model", "optimizer", "schedule", "fixed", "steps"}
 
 
 def test_no_error_of_a_library_crosses(desk, monkeypatch):
