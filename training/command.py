@@ -143,19 +143,9 @@ def _conclude(screen: Screen, outcome: Outcome, result: Mapping[str, Any]) -> No
 
 def rehearse(job: Job, screen: Screen) -> dict[str, Any]:
     """Try the job's clipping and memory on synthetic inputs in this process; nothing is read, nothing charged."""
-    from training import data
-    from training.engine.rehearsal import Inputs
-    from training.engine.rehearsal import rehearse as engine_rehearse
-    from training.engine.trainer import PrivateTrainer
-    from training.models import build
+    from training.models import rehearsed
 
-    declared = data.declared(job.data)
-    assert declared.label is not None
-    classes, run_plan = len(declared.label.categories), job.run()
-    model = build(job.model, declared.width, classes, data.image_of(job.model, declared))
-    how = job.training
-    trainer = PrivateTrainer(model, how.optimizer, run_plan, how.clipping, how.precision)
-    seen = engine_rehearse(trainer, Inputs((declared.width,), classes))
+    _, seen = rehearsed(job)
     screen.say(
         f"Rehearsal on synthetic inputs: {seen.parameters} parameters; one unit contributes at most "
         f"{seen.largest_norm:.7f} × max_grad_norm, whatever its companions; a micro-batch of "

@@ -1,4 +1,4 @@
-"""The tabular models a job may name, from public shapes only.
+"""The tabular models a job may name, from public shapes only, and their trainers, rehearsed.
 
 Layers are those that the engine allows by name (`training.engine.validation`).
 """
@@ -7,7 +7,24 @@ from __future__ import annotations
 
 from torch import nn
 
-from training.config import Model
+from training.config import Job, Model
+from training.data import declared, image_of
+from training.engine.rehearsal import Inputs, Rehearsal, rehearse
+from training.engine.trainer import PrivateTrainer
+
+
+def rehearsed(job: Job) -> tuple[PrivateTrainer, Rehearsal]:
+    """The trainer of `job` in this process, tried on synthetic inputs; no record is read.
+
+    Raises:
+        PurserError: what was tried does not hold, or the model may not be trained; nothing was charged.
+    """
+    table, how = declared(job.data), job.training
+    assert table.label is not None
+    classes = len(table.label.categories)
+    model = build(job.model, table.width, classes, image_of(job.model, table))
+    trainer = PrivateTrainer(model, how.optimizer, job.run(), how.clipping, how.precision)
+    return trainer, rehearse(trainer, Inputs((table.width,), classes))
 
 
 def build(model: Model, width: int, classes: int, image: tuple[int, int, int] | None = None) -> nn.Module:

@@ -21,11 +21,10 @@ from cluster.environment import code_hash
 from cluster.errors import PurserError, UsageError, without_content
 from training import data
 from training.config import Job, parse
-from training.engine.rehearsal import Inputs, rehearse
 from training.engine.sampling import PoissonSampler, Shard
 from training.engine.trainer import PrivateTrainer
 from training.evaluation import noised_accuracy
-from training.models import build
+from training.models import rehearsed
 from training.release import write_weights
 
 
@@ -55,17 +54,10 @@ def _train(config: dict[str, Any]) -> None:
     run, (train_account, validation_account) = job.run(), job.accounts
     client = connect(config["ledger"])
     key = client.partition_key(job.account)
-    declared = data.declared(job.data)
-    assert declared.label is not None
-    job = job.model_copy(update={"data": declared})
+    job = job.model_copy(update={"data": data.declared(job.data)})
+    trainer, _ = rehearsed(job)
 
-    classes = len(declared.label.categories)
-    width = declared.width
-    model = build(job.model, width, classes, data.image_of(job.model, declared))
-    trainer = PrivateTrainer(model, job.training.optimizer, run, job.training.clipping, job.training.precision)
-    rehearse(trainer, Inputs((width,), classes))
-
-    table = data.read(declared, job.privacy.unit)
+    table = data.read(job.data, job.privacy.unit)
     if data.fingerprint(table, client.source_key()) not in client.show(train_account).dataset.sources:
         raise UsageError("data.source: its content changed while the run was starting; nothing was charged.")
     shard = _shard(data.load(job, table, key, "train", rank, world))

@@ -15,10 +15,8 @@ reservations_per_s_64_clients two-account reservations per second, as the second
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
-import json
 import os
 import sqlite3
 import statistics
@@ -41,6 +39,7 @@ from cluster.accounting.mechanisms import Charge, DiscreteGaussian, PoissonSubsa
 from cluster.accounting.schema import GENESIS, HASHED, canonical, entry_hash
 from cluster.environment import ACCOUNTANT, NAMESPACE
 from tests.actors import end_accountant
+from tests.benchmarks import main
 
 CLIENTS, PROCESSES = 64, 2
 STEP = PoissonSubsampledGaussian(sample_rate=1e-4, noise_multiplier=50.0)  # so cheap that millions of steps fit
@@ -282,17 +281,8 @@ def measure(quick: bool) -> dict[str, float]:
             end_accountant()
         finally:
             ray.shutdown()
-    return {key: float(f"{value:.4g}") for key, value in result.items()}
-
-
-def main() -> None:
-    """Measure, and print one object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer calls; ends within four minutes")
-    parser.add_argument("--json", action="store_true", help="one line")
-    asked = parser.parse_args()
-    print(json.dumps(measure(asked.quick), indent=None if asked.json else 2))
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    main(measure, __doc__)

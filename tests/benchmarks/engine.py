@@ -14,8 +14,6 @@ bytes_per_step             what two ranks over gloo send per logical step, over 
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
 import statistics
@@ -33,6 +31,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from tests.benchmarks import main
 from training.config import Optimizer
 from training.engine.objective import record_losses
 from training.engine.randomness import Keystream
@@ -275,17 +274,8 @@ def measure(quick: bool) -> dict[str, float]:
         "noise_share": noise_share(rounds),
         "bytes_per_step": bytes_per_step(),
     }
-    return {key: float(f"{value:.4g}") for key, value in result.items()}
-
-
-def main() -> None:
-    """Measure, and print one object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds; ends within four minutes")
-    parser.add_argument("--json", action="store_true", help="one line")
-    asked = parser.parse_args()
-    print(json.dumps(measure(asked.quick), indent=None if asked.json else 2))
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    main(measure, __doc__)

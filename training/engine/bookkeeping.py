@@ -47,20 +47,18 @@ class BookKeepingHooks(PerRecordHooks):
         """See Opacus's `GradSampleHooks.add_hooks`; forward hooks only."""
         if hasattr(self._module, "autograd_grad_sample_hooks"):
             raise ValueError("Trying to add hooks twice to the same model")
-        self._trainable = [p for p in self._module.parameters() if p.requires_grad]
         self._names = {module: name for name, module in self._module.named_modules()}
         # Something must ask for gradients while no parameter does.
-        self._tape = torch.zeros((), device=self._trainable[0].device, requires_grad=True)
-        self._kept: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        self._summed: dict[torch.Tensor, torch.Tensor] = {}
-        self._inputs: dict[tuple[Any, ...], torch.Tensor] = {}  # one object for what several layers were given
-        self._forget()
+        device = next(iter(self._trainable.values())).device
+        self._tape = torch.zeros((), device=device, requires_grad=True)
+        self.forget()
         self._module.autograd_grad_sample_hooks = []
         self.autograd_grad_sample_hooks = self._module.autograd_grad_sample_hooks
-        self._modules = list(self.iterate_submodules(self._module))
-        self._weights = {m for m in self._modules if type(m) is nn.Linear and m.weight.requires_grad}
-        self._biases = {m for m in self._weights if m.bias is not None and m.bias.requires_grad}
-        for module in self._modules:
+        modules = list(self.iterate_submodules(self._module))
+        linear = [m for m in modules if type(m) is nn.Linear]
+        self._weights = {m for m in linear if m.weight.requires_grad}
+        self._biases = {m for m in linear if m.bias is not None and m.bias.requires_grad}
+        for module in modules:
             self.autograd_grad_sample_hooks.append(module.register_forward_hook(self._tap))
         self.enable_hooks()
 
@@ -86,8 +84,7 @@ class BookKeepingHooks(PerRecordHooks):
         if module in self._weights and not self._keeps_factors(module, a):
             a, g = _timed(a), _timed(g)
             self._add(module.weight, self._units.sums(torch.bmm(g.mT, a)))
-            if module in self._biases:
-                self._add(module.bias, self._units.sums(g.sum(1)))
+            self._add_bias(module, g)
             self._kept.setdefault(module, [])
         else:
             a = self._inputs.setdefault((a.data_ptr(), a.dtype, a.shape, a.stride()), a.detach())
@@ -104,58 +101,49 @@ class BookKeepingHooks(PerRecordHooks):
     def _add(self, parameter: torch.Tensor, per_unit: torch.Tensor) -> None:
         self._summed[parameter] = self._summed[parameter] + per_unit if parameter in self._summed else per_unit
 
+    def _add_bias(self, module: nn.Linear, g: torch.Tensor) -> None:
+        if module in self._biases:
+            self._add(module.bias, self._units.sums(g.sum(1)))
+
     @contextmanager
     def one_pass(self, units: Units, rows: int) -> Iterator[None]:
-        """One forward and backward pass over `rows` rows, the first of which are the records of `units`, in which no
-        gradient of a parameter is computed."""
-        self._forget()
-        self._units, self._rows = units, rows
-        for parameter in self._trainable:
+        """See `PerRecordHooks.one_pass`; no gradient of a parameter is computed meanwhile."""
+        for parameter in self._trainable.values():
             parameter.requires_grad_(False)
         try:
-            yield
+            with super().one_pass(units, rows):
+                yield
         finally:
-            for parameter in self._trainable:
+            for parameter in self._trainable.values():
                 parameter.requires_grad_(True)
 
-    def contributions(self) -> dict[torch.Tensor, Contribution]:
-        """What each unit contributed in the last pass to each parameter; handed over.
-
-        Raises:
-            PurserError: a layer took no part.
-        """
+    def _collected(self) -> dict[torch.Tensor, Contribution]:
         found: dict[torch.Tensor, Contribution] = {}
-        for module in self._modules:
-            if module not in self._kept:
-                raise PurserError(
-                    f"model: {self._names[module]} got no per-record gradient; every layer that trains must be used "
-                    "in each forward pass. Freeze it otherwise."
-                )
-            kept = self._kept[module]
+        for module, kept in self._kept.items():
             if not kept:
                 continue  # written out already
             if type(module) is nn.Linear:
                 a, g = (_joined([pair[i] for pair in kept]) for i in (0, 1))
-                if module.weight.requires_grad:
+                if module in self._weights:
                     found[module.weight] = Products(a, g, self._units)
-                if module.bias is not None and module.bias.requires_grad:
-                    self._add(module.bias, self._units.sums(g.sum(1)))
+                self._add_bias(module, g)
             elif type(module) is nn.Embedding:
                 entries = _joined([a[..., None] for a, _ in kept])[..., 0]
-                g = _joined([g for _, g in kept])
-                g = without_padding(module, entries, g)
+                g = without_padding(module, entries, _joined([g for _, g in kept]))
                 found[module.weight] = Lookups(entries, g, self._units, module.weight.shape)
             else:
                 for a, g in kept:
                     for parameter, sample in self.GRAD_SAMPLERS[type(module)](module, [a], g).items():
                         self._add(parameter, self._units.sums(sample))
-        found |= {parameter: PerUnit(gradients) for parameter, gradients in self._summed.items()}
-        self._forget()
-        return found
+        return found | {parameter: PerUnit(gradients) for parameter, gradients in self._summed.items()}
 
-    def _forget(self) -> None:
-        self._kept, self._summed, self._inputs = {}, {}, {}
-        self._units, self._rows = Units(torch.zeros(0, dtype=torch.long), 0), 0
+    def forget(self) -> None:
+        """See `PerRecordHooks.forget`."""
+        super().forget()
+        # What each layer was given and gave back, gradients written out, and one object for what several layers share.
+        self._kept: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._summed: dict[torch.Tensor, torch.Tensor] = {}
+        self._inputs: dict[tuple[Any, ...], torch.Tensor] = {}
 
 
 def _timed(values: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ Nothing is registered with Opacus itself: who uses it in the same process finds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from opacus.grad_sample import GradSampleHooks
 from opacus.grad_sample.embedding import compute_embedding_grad_sample
 from torch import nn
 
+from cluster.errors import PurserError
+from training.engine.contributions import Contribution, PerUnit, Units
 from training.engine.validation import RMS_NORMS, full_name
 
 Sampler = Callable[[Any, Sequence[torch.Tensor], torch.Tensor], dict[torch.Tensor, torch.Tensor]]
@@ -28,18 +31,56 @@ class PerRecordHooks(GradSampleHooks):
             **ours,
             nn.Embedding: _embedding,
         }
+        self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._layers = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
         super().__init__(model, loss_reduction="sum", strict=False)
 
+    @contextmanager
+    def one_pass(self, units: Units, rows: int) -> Iterator[None]:
+        """One forward and backward pass over `rows` rows, the first of which are the records of `units`; where it
+        fails, nothing of it is left."""
+        self.forget()
+        self._units, self._rows = units, rows
+        try:
+            yield
+        except BaseException:
+            self.forget()
+            raise
+
+    def contributions(self) -> dict[torch.Tensor, Contribution]:
+        """What each unit contributed in the last pass to each trainable parameter; handed over.
+
+        Raises:
+            PurserError: a parameter took no part.
+        """
+        found = self._collected()
+        self.forget()
+        for name, p in self._trainable.items():
+            if p not in found:
+                raise PurserError(
+                    f"model: {name} got no per-record gradient; every parameter that trains must be used in each "
+                    "forward pass, inside a layer that Opacus hooks. Freeze it otherwise."
+                )
+        return found
+
+    def _collected(self) -> dict[torch.Tensor, Contribution]:
+        found: dict[torch.Tensor, Contribution] = {}
+        records = len(self._units.of_record)
+        for p in self._trainable.values():
+            sample = p.grad_sample  # type: ignore[attr-defined]
+            if isinstance(sample, torch.Tensor) and len(sample) >= records:
+                found[p] = PerUnit(self._units.sums(sample[:records]))
+        return found
+
     def forget(self) -> None:
-        """Drop what a pass that failed has left: it was computed from records."""
-        for module in self._module.modules():
+        """Drop what a pass has left: it was computed from records."""
+        self._units, self._rows = Units(torch.zeros(0, dtype=torch.long), 0), 0
+        for layer in self._layers:
             for left in ("activations", "max_batch_len"):
-                vars(module).pop(left, None)
-        for p in self._module.parameters():
-            if hasattr(p, "_current_grad_sample"):
-                del p._current_grad_sample
-            if p.requires_grad:
-                p.grad_sample, p._forward_counter, p.grad = None, 0, None
+                vars(layer).pop(left, None)
+        for p in self._trainable.values():
+            vars(p).pop("_current_grad_sample", None)
+            p.grad_sample, p._forward_counter, p.grad = None, 0, None  # type: ignore[attr-defined]
 
 
 def without_padding(layer: nn.Embedding, entries: torch.Tensor, backprops: torch.Tensor) -> torch.Tensor:

@@ -92,19 +92,13 @@ class PrivateOptimizer(DPOptimizer):
             contributions: one for every trainable parameter, over the same units.
 
         Raises:
-            PurserError: a parameter has none, torch is set to multiply fp32 matrices in less, or an earlier micro-batch
-                failed half-way.
+            PurserError: torch is set to multiply fp32 matrices in less, or an earlier micro-batch failed half-way.
         """
         self._check_whole()
         if torch.get_float32_matmul_precision() != "highest":
             raise PurserError(
                 "torch: float32 matrix products are set to a lower precision, in which a unit's norm could come out "
                 "too small; leave torch.set_float32_matmul_precision at highest. training.precision: bf16 is safe."
-            )
-        if any(p not in contributions for p in self.params):
-            raise PurserError(
-                "model: a trainable parameter got no per-record gradient; every one must be used in each forward "
-                "pass, inside a layer that Opacus hooks."
             )
         parts = [contributions[p] for p in self.params]
         factors = clip_factors(torch.stack([part.squared_norms() for part in parts]).sum(0), self._run.max_grad_norm)

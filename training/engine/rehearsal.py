@@ -63,7 +63,8 @@ def rehearse(trainer: PrivateTrainer, inputs: Inputs) -> Rehearsal:
             and does not start.
     """
     run = trainer.run
-    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trains = [p for p in trainer.model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trains]
     per_unit = run.max_records_per_unit
 
     def contribution(batch: MicroBatch) -> torch.Tensor:
@@ -99,11 +100,10 @@ def rehearse(trainer: PrivateTrainer, inputs: Inputs) -> Rehearsal:
         if not bool((contribution(batch) == 0).all()):
             raise PurserError("rehearsal: a non-finite record was let through; nothing was charged.")
     contribution(synthetic(inputs, torch.arange(trainer.rows)))
-    if any(not torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True)):
+    if any(not torch.equal(p, old) for p, old in zip(trains, before, strict=True)):
         raise PurserError("rehearsal: it changed the model; nothing was charged.")
     trainer.check_fixed()
-    trains = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    return Rehearsal(trains, largest, companions, trainer.rows)
+    return Rehearsal(sum(p.numel() for p in trains), largest, companions, trainer.rows)
 
 
 def _only(batch: MicroBatch, rows: torch.Tensor) -> MicroBatch:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from cluster.errors import PurserError, UsageError
 from training.engine.bookkeeping import BookKeepingHooks
-from training.engine.contributions import Contribution, PerUnit, Units
+from training.engine.contributions import Contribution, Units
 from training.engine.layers import PerRecordHooks
 from training.engine.objective import causal, record_losses
 from training.engine.optimizer import PrivateOptimizer
@@ -129,16 +129,10 @@ class PrivateTrainer:
         self._optimizer.accumulate(self._contributions(batch))
 
     def _contributions(self, batch: MicroBatch) -> Mapping[torch.Tensor, Contribution]:
-        units, batch = Units(batch.unit, batch.units), self._whole(batch)
-        if isinstance(self._hooks, BookKeepingHooks):
-            with self._hooks.one_pass(units, len(batch.labels)):
-                self._loss(batch).backward()
-            return self._hooks.contributions()
-        try:
-            self._loss(batch).backward()
-            return per_record_gradients(self._optimizer.params, units)
-        finally:
-            self._hooks.forget()
+        whole = self._whole(batch)
+        with self._hooks.one_pass(Units(batch.unit, batch.units), len(whole.labels)):
+            self._loss(whole).backward()
+        return self._hooks.contributions()
 
     def _whole(self, batch: MicroBatch) -> MicroBatch:
         """`batch` in the one shape that all have, on the device. With a mask there is a row of padding in any case."""
@@ -160,8 +154,6 @@ class PrivateTrainer:
         self._hooks.enable_hooks()
         ones = torch.ones(batch.units, device=self.device)
         for (name, p), true in zip(names, theirs, strict=True):
-            if p not in ours:
-                raise PurserError(f"model: {name} got no per-record gradient; it must be used in each forward pass.")
             total = torch.zeros(p.numel(), device=self.device)
             ours[p].add_to(total, ones, slice(0, batch.units), holes=False)
             yield name, total, torch.zeros_like(total) if true is None else true.flatten()
@@ -211,19 +203,6 @@ class PrivateTrainer:
         self._hooks.remove_hooks()
         self.check_fixed()
         return self.model
-
-
-def per_record_gradients(parameters: Sequence[torch.Tensor], units: Units) -> dict[torch.Tensor, Contribution]:
-    """Take the per-record gradients that Opacus's hooks left on `parameters`."""
-    found: dict[torch.Tensor, Contribution] = {}
-    records = len(units.of_record)
-    for p in parameters:
-        sample = getattr(p, "grad_sample", None)
-        if isinstance(sample, torch.Tensor) and len(sample) >= records:
-            found[p] = PerUnit(units.sums(sample[:records]))
-        p.grad_sample = None  # type: ignore[attr-defined]
-        p.grad = None
-    return found
 
 
 def fixed_state(model: nn.Module) -> dict[str, str]:

@@ -33,12 +33,8 @@ CROSS_UNIT = {
     nn.modules.instancenorm._InstanceNorm: "it keeps running statistics of records; use GroupNorm",
     nn.modules.rnn.RNNBase: "its per-record gradients are not supported here; use a feed-forward model",
 }
-MIXTURES = (
-    "moe",
-    "expert",
-    "router",
-    "switchtransformers",
-)  # in the names of classes that are refused, for a better word
+# In the names of classes that are not on the list anyway: for a better word of why.
+MIXTURES = ("moe", "expert", "router", "switchtransformers")
 ATTENTION = ("eager", "sdpa")
 # transformers and PEFT classes, read line by line: where their code touches several records, it is record by record.
 RMS_NORMS = ("transformers.models.llama.modeling_llama.LlamaRMSNorm",)

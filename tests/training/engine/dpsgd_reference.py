@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import copy
 import datetime
+import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 
 from training.config import Model, Optimizer
@@ -86,18 +90,29 @@ def whole(shard: Shard) -> MicroBatch:
     return MicroBatch(shard.features, shard.labels, torch.arange(shard.units).repeat_interleave(sizes), shard.units)
 
 
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def flat(model: nn.Module) -> torch.Tensor:
-    """Every parameter in one float64 vector."""
-    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+    """Every parameter that trains in one float64 vector."""
+    return torch.cat([p.detach().double().flatten() for p in trainable(model)])
 
 
-def unit_gradient(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """The gradient of one unit's summed loss."""
-    loss = nn.functional.cross_entropy(model(batch.features.double()), batch.labels, reduction="sum")
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+def gradient_of(model: nn.Module, loss: torch.Tensor) -> torch.Tensor:
+    """Of every parameter that trains, flat."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trainable(model))])
 
 
-def reference(model: nn.Module, shard: Shard, run: DPSGDRun, rate: float, falls: bool = False) -> torch.Tensor:
+def unit_gradient(model: nn.Module, shard: Shard, u: int) -> torch.Tensor:
+    """The gradient of unit `u`'s summed loss; `model` is in float64."""
+    unit = unit_of(shard, u)
+    return gradient_of(model, nn.functional.cross_entropy(model(unit.features.double()), unit.labels, reduction="sum"))
+
+
+def reference(
+    model: nn.Module, shard: Shard, run: DPSGDRun, rate: float, falls: bool = False, gradient_at: Any = unit_gradient
+) -> torch.Tensor:
     """Noise-free DP-SGD in float64, each unit on its own: sum its records, clip once, add up, divide by the declared B.
 
     Shares nothing with the engine but torch itself. Returns the parameters, flat.
@@ -106,10 +121,10 @@ def reference(model: nn.Module, shard: Shard, run: DPSGDRun, rate: float, falls:
     for step in range(run.steps):
         total = torch.zeros_like(flat(model))
         for u in range(shard.units):
-            gradient = unit_gradient(model, unit_of(shard, u))
+            gradient = gradient_at(model, shard, u)
             total += gradient * min(1.0, run.max_grad_norm / max(gradient.norm().item(), 1e-300))
         after = flat(model) - rate * (1 - step / run.steps if falls else 1) * total / run.expected_batch_size
-        nn.utils.vector_to_parameters(after, model.parameters())
+        nn.utils.vector_to_parameters(after, trainable(model))
     return flat(model)
 
 
@@ -124,14 +139,25 @@ def noise_off():
         Keystream.normal = real
 
 
-def trained(
-    model: nn.Module, shard: Shard, run: DPSGDRun, clipping: str = "bookkeeping", **optimizer: Any
-) -> torch.Tensor:
-    """The engine's parameters after the run, flat."""
+def trained(model: nn.Module, shard: Shard, run: DPSGDRun, *how: Any, **optimizer: Any) -> torch.Tensor:
+    """The engine's parameters after the run, flat; `how`: clipping, precision, activation_checkpointing."""
     choice = Optimizer(**{"learning_rate": 0.5, **optimizer})
-    trainer = PrivateTrainer(model, choice, run, clipping)
+    trainer = PrivateTrainer(model, choice, run, *how)
     trainer.steps(shard, PoissonSampler(run, shard.units), run.steps)
     return flat(trainer.unhook())
+
+
+@contextmanager
+def fresh_processes(*preload: str):
+    """A context of `torch.multiprocessing` whose processes have imported `preload` before they start: torch alone takes
+    seconds. Their server is a fresh process: nothing of this one is in them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(list(preload))
+        yield context
 
 
 # What follows runs in spawned processes.

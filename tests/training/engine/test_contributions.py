@@ -10,7 +10,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from dpsgd_reference import MODES, WIDTH, flat, model_of, plan, shard_of, unit_of, whole
+from dpsgd_reference import MODES, WIDTH, flat, model_of, plan, shard_of, unit_gradient, whole
 from torch import nn
 
 from cluster.errors import PurserError
@@ -152,16 +152,6 @@ class Shapes(nn.Module):
         return self.last(self.groups(self.norm(x).flatten(1, 2)).flatten(1))
 
 
-def of_each_unit(model, shard):
-    """Gradients of units, one at a time, by autograd in float64: [units, numbers]."""
-    model, found = model.double(), []
-    for u in range(shard.units):
-        unit = unit_of(shard, u)
-        loss = nn.functional.cross_entropy(model(unit.features.double()), unit.labels, reduction="sum")
-        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
-    return torch.stack(found)
-
-
 @pytest.mark.parametrize("factors", [False, True])
 def test_layers_of_any_shape(monkeypatch, factors):
     """Whichever way linear layers are kept, in a trainer with padding and units of several records."""
@@ -169,7 +159,8 @@ def test_layers_of_any_shape(monkeypatch, factors):
     if factors:
         monkeypatch.setattr("training.engine.bookkeeping.BookKeepingHooks._keeps_factors", lambda *_: True)
     shard = shard_of()
-    want = of_each_unit(Shapes(), shard)
+    exact = Shapes().double()
+    want = torch.stack([unit_gradient(exact, shard, u) for u in range(shard.units)])
     clip = want.norm(dim=1).median().item()
     trainer = PrivateTrainer(Shapes(), Optimizer(), plan(max_grad_norm=clip))
     trainer.accumulate(whole(shard).padded(40))

@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import os
-import sys
 
 import numpy as np
 import pytest
@@ -24,6 +22,7 @@ from dpsgd_reference import (
     MODES,
     WIDE,
     flat,
+    fresh_processes,
     model_of,
     noise_off,
     part_of,
@@ -54,7 +53,7 @@ SIX = 6.0  # standard errors: a false alarm rate of 2e-9 for each statistical ch
 def test_the_comparison_bites(kind):
     """Some units are clipped and some are not, some have several records; else little would be compared."""
     model, shard = model_of(kind).double(), shard_of()
-    norms = [unit_gradient(model, unit_of(shard, u)).norm().item() for u in range(shard.units)]
+    norms = [unit_gradient(model, shard, u).norm().item() for u in range(shard.units)]
     assert 3 <= sum(norm > CLIP[kind] for norm in norms) <= shard.units - 3
     assert set(np.diff(shard.offsets)) == {1, 2, 3}
 
@@ -167,14 +166,9 @@ def test_one_object_feeds_clipper_noise_sampler_and_lease():
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What four real processes over gloo saw. Started once, from a server that has imported torch for all of them:
-    each import takes seconds. The server is a fresh process: nothing of this one is in the ranks."""
+    """What four real processes over gloo saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-        mp.get_context("forkserver").set_forkserver_preload(["dpsgd_reference"])
+    with fresh_processes("dpsgd_reference"):
         mp.start_processes(rank_main, args=(str(folder),), nprocs=4, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 

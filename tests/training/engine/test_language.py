@@ -10,10 +10,11 @@ import copy
 import functools
 from typing import Any
 
+import dpsgd_reference
 import numpy as np
 import pytest
 import torch
-from dpsgd_reference import MODES, noise_off, plan
+from dpsgd_reference import MODES, flat, gradient_of, noise_off, plan, reference
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
@@ -33,7 +34,7 @@ from cluster.errors import PurserError, UsageError
 from training.config import Optimizer
 from training.engine.rehearsal import Inputs, rehearse
 from training.engine.run import SIGMA_MARGIN, DPSGDRun
-from training.engine.sampling import MicroBatch, PoissonSampler, Shard
+from training.engine.sampling import MicroBatch, Shard
 from training.engine.trainer import PrivateTrainer
 from training.engine.validation import check_model
 
@@ -43,22 +44,25 @@ WORDS, LENGTH, CLASSES = 50, 9, 3
 SAME, RATE = 1e-6, 0.1
 
 
+def llama_config(words: int, width: int, inner: int, layers: int, **more: Any) -> LlamaConfig:
+    sizes = {"vocab_size": words, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
+    return LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, **more)
+
+
+def bert(words: int = WORDS, width: int = 16, layers: int = 1, classes: int = 2) -> BertForSequenceClassification:
+    """Without dropout; of random weights that are the same each time."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": words, "hidden_size": width, "intermediate_size": width, "num_hidden_layers": layers}
+    config = BertConfig(**sizes, num_attention_heads=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    config.num_labels = classes
+    return BertForSequenceClassification(config)
+
+
 @functools.cache
 def llama(kind: str) -> nn.Module:
     """causal, tied or classes: a Llama of two layers; not to be changed."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=WORDS,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        num_labels=CLASSES,
-        tie_word_embeddings=kind == "tied",
-    )
+    config = llama_config(WORDS, 32, 48, 2, num_labels=CLASSES, pad_token_id=0, tie_word_embeddings=kind == "tied")
     return LlamaForSequenceClassification(config) if kind == "classes" else LlamaForCausalLM(config)
 
 
@@ -104,43 +108,19 @@ def record_loss(model: Any, shard: Shard, i: int) -> torch.Tensor:
     return F.cross_entropy(logits[:-1], tokens[0, 1:])
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def flat(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().double().flatten() for p in trainable(model)])
-
-
 def unit_gradient(model: nn.Module, shard: Shard, u: int) -> torch.Tensor:
-    loss = sum(record_loss(model, shard, i) for i in range(shard.offsets[u], shard.offsets[u + 1]))
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trainable(model))])
-
-
-def reference(model: nn.Module, shard: Shard, run: DPSGDRun, rate: float) -> torch.Tensor:
-    """Noise-free DP-SGD in float64, each unit on its own."""
-    model = copy.deepcopy(model).double()
-    for _ in range(run.steps):
-        total = torch.zeros_like(flat(model))
-        for u in range(shard.units):
-            gradient = unit_gradient(model, shard, u)
-            total += gradient * min(1.0, run.max_grad_norm / gradient.norm().item())
-        after = flat(model) - rate * total / run.expected_batch_size
-        nn.utils.vector_to_parameters(after, trainable(model))
-    return flat(model)
+    return gradient_of(model, sum(record_loss(model, shard, i) for i in range(shard.offsets[u], shard.offsets[u + 1])))
 
 
 @functools.cache
 def expected(name: str) -> torch.Tensor:
     make, causal, clip = MODELS[name]
-    return reference(make(), shard_of(causal), plan(max_grad_norm=clip), RATE)
+    return reference(make(), shard_of(causal), plan(max_grad_norm=clip), RATE, gradient_at=unit_gradient)
 
 
 def trained(model: nn.Module, shard: Shard, run: DPSGDRun, *how: Any) -> torch.Tensor:
-    trainer = PrivateTrainer(model, Optimizer(learning_rate=RATE), run, *how)
     with noise_off():
-        trainer.steps(shard, PoissonSampler(run, shard.units), run.steps)
-    return flat(trainer.unhook())
+        return dpsgd_reference.trained(model, shard, run, *how, learning_rate=RATE)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -207,7 +187,7 @@ def test_tied_weights_train_in_hooks_mode_only():
     model, shard, run = copy.deepcopy(llama("tied")), shard_of(True), plan(max_grad_norm=4.5)
     with pytest.raises(UsageError, match=r"lm_head\.weight and .*embed_tokens\.weight.*training\.clipping: hooks"):
         PrivateTrainer(copy.deepcopy(model), Optimizer(), run)
-    want = reference(model, shard, run, RATE)
+    want = reference(model, shard, run, RATE, gradient_at=unit_gradient)
     assert (trained(model, shard, run, "hooks") - want).abs().max() < SAME
 
 
@@ -238,15 +218,10 @@ def test_an_embedding_used_by_f_linear(mode, monkeypatch):
 
 def test_positions_that_all_records_share_are_refused_with_the_fix():
     """BERT looks its positions up once for all records: there is no gradient of one record's."""
-    config = BertConfig(
-        vocab_size=WORDS, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    model = BertForSequenceClassification(config)
-    trainer = PrivateTrainer(model, Optimizer(), plan(max_grad_norm=0.01))
+    trainer = PrivateTrainer(bert(), Optimizer(), plan(max_grad_norm=0.01))
     with pytest.raises(PurserError, match=r"position_embeddings has not one row per record.*freeze this layer"):
         rehearse(trainer, Inputs((LENGTH,), 2, WORDS))
-    fixed = BertForSequenceClassification(config)
+    fixed = bert()
     fixed.bert.embeddings.position_embeddings.requires_grad_(False)
     seen = rehearse(PrivateTrainer(fixed, Optimizer(), plan(max_grad_norm=0.01)), Inputs((LENGTH,), 2, WORDS))
     assert 0.999 < seen.largest_norm <= 1 + 1e-5
@@ -254,27 +229,11 @@ def test_positions_that_all_records_share_are_refused_with_the_fix():
 
 def deep_llama() -> nn.Module:
     torch.manual_seed(1)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=100,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.1,
-        )
-    )
+    return LlamaForCausalLM(llama_config(100, 64, 128, 4, initializer_range=0.1))
 
 
 def small_bert() -> nn.Module:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
-    )
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    config.num_labels = CLASSES
-    model = BertForSequenceClassification(config)
+    model = bert(100, 64, 2, CLASSES)
     model.bert.embeddings.position_embeddings.requires_grad_(False)
     return model
 

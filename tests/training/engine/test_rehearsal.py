@@ -187,8 +187,6 @@ def test_records_that_touch_each_other_in_the_model_are_caught():
 
 def test_records_that_touch_each_other_where_one_large_unit_fills_a_micro_batch(monkeypatch):
     """Units may have 8 records and a micro-batch has 8 rows; but units of one record share it."""
-    monkeypatch.setattr("training.engine.validation._later", lambda dim: True)
-    monkeypatch.setattr(nn.Flatten, "start_dim", 1, raising=False)
     mixing = nn.Sequential(
         nn.Unflatten(0, (1, 1, -1)),
         nn.AvgPool2d((3, 1), 1, (1, 0)),

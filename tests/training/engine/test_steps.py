@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -13,8 +13,18 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from dpsgd_reference import flat, model_of, noise_off, part_of, plan, reference, shard_of, trained, unit_of
+from dpsgd_reference import (
+    flat,
+    fresh_processes,
+    model_of,
+    noise_off,
+    part_of,
+    plan,
+    reference,
+    shard_of,
+    trained,
+    unit_gradient,
+)
 from torch import nn
 
 from cluster.errors import PurserError
@@ -64,11 +74,9 @@ def test_optimizers_take_the_private_gradient(name):
     kind = torch.optim.AdamW if name == "adam" else torch.optim.SGD
     optimizer = kind(model.parameters(), lr=0.05, weight_decay=0.01)
     for _ in range(run.steps):
-        total = torch.zeros_like(flat(model))
+        total, exact = torch.zeros_like(flat(model)), copy.deepcopy(model).double()
         for u in range(shard.units):
-            unit = unit_of(shard, u)
-            loss = nn.functional.cross_entropy(model(unit.features), unit.labels, reduction="sum")
-            gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).double()
+            gradient = unit_gradient(exact, shard, u)
             total += gradient * min(1.0, 1 / gradient.norm().item())
         start = 0
         for p in model.parameters():
@@ -141,11 +149,7 @@ def lost_rank(rank: int, folder: str) -> None:
 def test_a_lost_rank_ends_the_step(tmp_path, how):
     """Within the process group's timeout, in our words, without the library's addresses."""
     (tmp_path / how).touch()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["test_steps"])
+    with fresh_processes("test_steps") as context:
         ranks = [context.Process(target=lost_rank, args=(rank, str(tmp_path))) for rank in range(2)]
         for process in ranks:
             process.start()
