@@ -21,7 +21,7 @@ from cluster.environment import code_hash
 from cluster.errors import PurserError, UsageError, without_content
 from training import data
 from training.config import Job, parse
-from training.engine.sampling import PoissonSampler, Shard
+from training.engine.sampling import Shard
 from training.engine.trainer import PrivateTrainer
 from training.evaluation import noised_accuracy
 from training.models import rehearsed
@@ -51,20 +51,25 @@ def _train(config: dict[str, Any]) -> None:
         )
     job = parse(Job, config["job"])
     lease, folder = config["lease"], Path(config["folder"])
-    run, (train_account, validation_account) = job.run(), job.accounts
+    train_account, validation_account = job.accounts
     client = connect(config["ledger"])
     key = client.partition_key(job.account)
     job = job.model_copy(update={"data": data.declared(job.data)})
     trainer, _ = rehearsed(job)
+    run = trainer.run
 
     table = data.read(job.data, job.privacy.unit)
     if data.fingerprint(table, client.source_key()) not in client.show(train_account).dataset.sources:
         raise UsageError("data.source: its content changed while the run was starting; nothing was charged.")
     shard = _shard(data.load(job, table, key, "train", rank, world))
-    sampler = PoissonSampler(run, shard.units)
 
     done = _restore(trainer)
     attempt = _from_rank_0(lambda: client.open(lease, secrets.token_hex(16), done))
+    if attempt.charges != {charge.account: charge for charge in (run.charge(train_account), job.charges()[1])}:
+        raise PurserError(
+            "training: what would run is not what was reserved (another noise_multiplier, batch size, steps or "
+            "evaluation.noise); nothing was charged."
+        )
     block = 0
     ran = done
     while True:
@@ -73,7 +78,7 @@ def _train(config: dict[str, Any]) -> None:
         grant = _from_rank_0(lambda: client.authorise(lease, attempt.epoch, train_account, number))  # noqa: B023
         if grant is None:
             break
-        trainer.steps(shard, sampler, grant.stop - grant.start)
+        trainer.steps(shard, grant.stop - grant.start)
         ran = done + grant.stop
         _report(trainer, {"steps": ran, "attempt": attempt.attempt}, rank)
 

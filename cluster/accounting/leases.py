@@ -20,7 +20,7 @@ from cluster.accounting.mechanisms import STEPS_BOUNDS, Charge, whole
 from cluster.accounting.views import Draft, View
 from cluster.errors import PurserError, UsageError
 
-PROTOCOL = 2  # of the calls between a run and its accountant; both sides must speak the same
+PROTOCOL = 3  # of the calls between a run and its accountant; both sides must speak the same
 CLOSING = ("settle", "release", "expire")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
@@ -50,12 +50,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One worker group's right to run: `steps` per account that may still be authorised under `epoch`."""
+    """One worker group's right to run: `steps` per account that may still be authorised under `epoch`, each of them as
+    `charges` say and not otherwise."""
 
     lease: str
     attempt: int
     epoch: int
     steps: dict[str, int]
+    charges: dict[str, Charge]
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class Leases:
                 body={"by": state.by, "epoch": epoch, "done": done, "granted": granted},
             )
             steps[name] = granted
-        return Attempt(lease, attempt, epoch, steps)
+        return Attempt(lease, attempt, epoch, steps, {name: state.charge for name, state in states.items()})
 
     def authorise(self, lease: str, epoch: int, account: str, block: int) -> Grant | None:
         """Charge the next block before it runs; None when the attempt's plan is at its end.

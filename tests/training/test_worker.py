@@ -66,9 +66,9 @@ class Desk:
         monkeypatch.setattr(worker, "connect", lambda ledger: self.client)
         steps = PrivateTrainer.steps
 
-        def watched(trainer, shard, sampler, count):
+        def watched(trainer, shard, count):
             self.events.append(f"run {count}")
-            steps(trainer, shard, sampler, count)
+            steps(trainer, shard, count)
 
         monkeypatch.setattr(PrivateTrainer, "steps", watched)
         authorise = self.leases.authorise
@@ -158,11 +158,11 @@ def test_a_crash_burns_what_was_authorised_and_the_rest_is_charged_again(desk, m
     steps = PrivateTrainer.steps
     calls = []
 
-    def dies(trainer, shard, sampler, count):
+    def dies(trainer, shard, count):
         calls.append(count)
         if len(calls) == 2:
             raise MemoryError("record 17 of SECRET-PERSON did not fit")
-        steps(trainer, shard, sampler, count)
+        steps(trainer, shard, count)
 
     monkeypatch.setattr(PrivateTrainer, "steps", dies)
     with pytest.raises(PurserError) as caught:
@@ -215,8 +215,8 @@ def test_a_silent_accountant_stops_training(desk, monkeypatch):
 def test_a_fenced_worker_cannot_go_on(desk, monkeypatch):
     steps = PrivateTrainer.steps
 
-    def fenced(trainer, shard, sampler, count):
-        steps(trainer, shard, sampler, count)
+    def fenced(trainer, shard, count):
+        steps(trainer, shard, count)
         desk.leases.open("run", "another process", done=0)
 
     monkeypatch.setattr(PrivateTrainer, "steps", fenced)
@@ -239,7 +239,7 @@ def test_a_checkpoint_holds_nothing_about_keys(desk):
     desk.train()
     with desk.checkpoint.as_directory() as folder:
         state = torch.load(f"{folder}/state.pt", weights_only=True)
-    assert set(state) == {"model", "optimizer", "schedule", "fixed", "steps"}
+    assert set(state) == {"model", "optimizer", "schedule", "fixed", "planned", "steps"}
 
 
 def test_no_error_of_a_library_crosses(desk, monkeypatch):

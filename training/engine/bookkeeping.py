@@ -57,6 +57,7 @@ class BookKeepingHooks(PerRecordHooks):
         modules = list(self.iterate_submodules(self._module))
         linear = [m for m in modules if type(m) is nn.Linear]
         self._weights = {m for m in linear if m.weight.requires_grad}
+        self._turned = {m.weight: (m.in_features, m.out_features) for m in linear if m.in_features < m.out_features}
         self._biases = {m for m in linear if m.bias is not None and m.bias.requires_grad}
         for module in modules:
             self.autograd_grad_sample_hooks.append(module.register_forward_hook(self._tap))
@@ -83,7 +84,8 @@ class BookKeepingHooks(PerRecordHooks):
             a = a.to(g.dtype)  # autocast takes a layer's input in the dtype of its output
         if module in self._weights and not self._keeps_factors(module, a):
             a, g = _timed(a), _timed(g)
-            self._add(module.weight, self._units.sums(torch.bmm(g.mT, a)))
+            narrow, wide = (a, g) if module.weight in self._turned else (g, a)
+            self._add(module.weight, self._units.sums(torch.bmm(narrow.mT, wide)))
             self._add_bias(module, g)
             self._kept.setdefault(module, [])
         else:
@@ -91,11 +93,13 @@ class BookKeepingHooks(PerRecordHooks):
             self._kept.setdefault(module, []).append((a, g))
 
     def _keeps_factors(self, module: nn.Linear, a: torch.Tensor) -> bool:
-        """Whether norms by times are less work than gradients written out; the same for every call of a pass."""
+        """Whether norms by times are less work than gradients written out; the same for every call of a pass.
+
+        Only public numbers decide: were it the units at hand, one more of them could change which rounding all go by.
+        """
         if module in self._kept:
             return bool(self._kept[module])
-        records = max(1, len(a))
-        times = a.numel() // (records * module.in_features) * -(-records // max(1, self._units.count))
+        times = a.numel() // (max(1, len(a)) * module.in_features) * self._most
         return times * (module.in_features + module.out_features) < module.in_features * module.out_features
 
     def _add(self, parameter: torch.Tensor, per_unit: torch.Tensor) -> None:
@@ -135,7 +139,7 @@ class BookKeepingHooks(PerRecordHooks):
                 for a, g in kept:
                     for parameter, sample in self.GRAD_SAMPLERS[type(module)](module, [a], g).items():
                         self._add(parameter, self._units.sums(sample))
-        return found | {parameter: PerUnit(gradients) for parameter, gradients in self._summed.items()}
+        return found | {p: PerUnit(gradients, self._turned.get(p)) for p, gradients in self._summed.items()}
 
     def forget(self) -> None:
         """See `PerRecordHooks.forget`."""

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 _ROUNDING = 2.0**-24  # of fp32
+_RUN = 256  # how many squares are added up in fp32; how many units are copied to fp64 at once
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,8 @@ class Units:
         flat = records.flatten(1).float()
         if self.single:
             return flat
-        summed = torch.zeros(self.count, flat.shape[1], device=flat.device)
+        summed = torch.zeros(self.count, flat.shape[1], dtype=torch.float32, device=flat.device)
         return summed.index_add_(0, self.of_record.to(flat.device), flat)
-
-    def rows(self, part: slice) -> slice | torch.Tensor:
-        """The records of the units from part.start to part.stop."""
-        if part.start <= 0 and part.stop >= self.count:
-            return slice(None)
-        if self.single:
-            return part
-        return ((self.of_record >= part.start) & (self.of_record < part.stop)).nonzero()[:, 0]
 
     def by_size(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Units with equally many records, together: (unit numbers [n], their records [n, size])."""
@@ -84,33 +77,49 @@ class Contribution(Protocol):
     def squared_norms(self) -> torch.Tensor:
         """Shape [units], fp64; never below the true value by more than the run's margin covers."""
 
-    def add_to(self, total: torch.Tensor, weights: torch.Tensor, part: slice, holes: bool) -> None:
-        """Add Σ_u weights[u]·gradient_u over the units of `part` to `total`.
+    def add_to(self, total: torch.Tensor, weights: torch.Tensor, holes: bool, exact: bool = True) -> None:
+        """Add Σ_u weights[u]·gradient_u to `total`.
 
         Args:
-            total: fp32 [parameter's numbers], added to in place.
-            weights: fp32 [units], of all units.
-            part: from which unit to which.
+            total: fp64 [parameter's numbers], added to in place.
+            weights: fp32 [units].
             holes: whether a weight is 0; such a unit adds exactly nothing, whatever its gradient.
+            exact: whether products of factors are taken in fp64, too; else they are fp32 sums over the units.
         """
 
 
 @dataclass(frozen=True)
 class PerUnit:
-    """Gradients as they are: fp32 [units, numbers]."""
+    """Gradients as they are: fp32 [units, numbers].
+
+    Attributes:
+        turned: (in, out) where the numbers are those of a weight [out, in] turned over: a product whose narrow side
+            comes first is several times faster.
+    """
 
     gradients: torch.Tensor
+    turned: tuple[int, int] | None = None
 
     def squared_norms(self) -> torch.Tensor:
-        """See `Contribution`."""
-        return torch.linalg.vector_norm(self.gradients, dim=1, dtype=torch.float64).square()
+        """See `Contribution`.
 
-    def add_to(self, total: torch.Tensor, weights: torch.Tensor, part: slice, holes: bool) -> None:
+        Squares are added up in fp32 over at most 256 numbers, which takes less than 2^-15 of their sum, and in fp64
+        from there on; those below what fp32 can hold lose at most 2^-126 each.
+        """
+        numbers = self.gradients.shape[1]
+        whole = numbers // _RUN * _RUN
+        squares = torch.linalg.vector_norm(self.gradients[:, whole:], dim=1).double().square()
+        if whole:
+            runs = self.gradients[:, :whole].unflatten(1, (-1, _RUN))
+            squares += torch.linalg.vector_norm(runs, dim=2).double().square().sum(1)
+        return squares + numbers * 2.0**-126
+
+    def add_to(self, total: torch.Tensor, weights: torch.Tensor, holes: bool, exact: bool = True) -> None:
         """See `Contribution`."""
-        weights, gradients = weights[part], self.gradients[part]
-        if holes:
-            gradients = _without(weights, gradients)
-        total.addmv_(gradients.T, weights)
+        gradients = _without(weights, self.gradients) if holes else self.gradients
+        for some in range(0, len(weights), _RUN):
+            product = gradients[some : some + _RUN].double().T @ weights[some : some + _RUN].double()
+            total += product if self.turned is None else product.view(self.turned).T.flatten()
 
 
 @dataclass(frozen=True)
@@ -134,33 +143,34 @@ class Products:
         for numbers, records in self.units.by_size():
             a, g = (self.units.joined(t, records) for t in (self.activations, self.backprops))
             norms[numbers.to(norms.device)] = _guarded(
-                (self.units.gram(self.activations, a) * (g @ g.mT)).sum((1, 2), dtype=torch.float64),
-                a,
-                g,
-                max(a.shape[2], g.shape[2]),
+                self.units.gram(self.activations, a), g @ g.mT, max(a.shape[2], g.shape[2])
             )
         return norms
 
-    def add_to(self, total: torch.Tensor, weights: torch.Tensor, part: slice, holes: bool) -> None:
+    def add_to(self, total: torch.Tensor, weights: torch.Tensor, holes: bool, exact: bool = True) -> None:
         """See `Contribution`."""
-        rows = self.units.rows(part)
-        per_record = weights[self.units.of_record[rows].to(weights.device)]
-        a, g = self.activations[rows], self.backprops[rows]
+        per_record = weights[self.units.of_record.to(weights.device)]
+        a, g = self.activations, self.backprops
         if holes:
             a, g = _without(per_record, a), _without(per_record, g)
         if a.shape[2] < g.shape[2]:
             a = a * per_record[:, None, None]
         else:
             g = g * per_record[:, None, None]
-        total.view(g.shape[2], a.shape[2]).addmm_(g.flatten(0, 1).T, a.flatten(0, 1))
+        into, a, g = total.view(g.shape[2], a.shape[2]), a.flatten(0, 1), g.flatten(0, 1)
+        if exact:
+            into.addmm_(g.double().T, a.double())
+        else:
+            into += g.T @ a
 
 
 @dataclass(frozen=True)
 class Lookups:
-    """Gradients of an embedding's weight [entries, width]: backprops are added up by entry, never written out.
+    """Gradients of an embedding's weight [entries, width]: what each unit adds to each entry that it looked up.
 
     Attributes:
         entries: int64 [records, times], backprops: fp32 [records, times, width].
+        shape: of the weight.
     """
 
     entries: torch.Tensor
@@ -168,43 +178,52 @@ class Lookups:
     units: Units
     shape: torch.Size
 
+    @functools.cached_property
+    def _added(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(whose [n], to which entry [n], how much: fp64 [n, width]), each pair of unit and entry once."""
+        of_record = self.units.of_record.to(self.entries.device)
+        pairs, where = torch.unique(of_record[:, None] * self.shape[0] + self.entries, return_inverse=True)
+        much = torch.zeros(len(pairs), self.shape[1], dtype=torch.float64, device=self.backprops.device)
+        much.index_add_(0, where.flatten(), self.backprops.flatten(0, 1).double())
+        return pairs // self.shape[0], pairs % self.shape[0], much
+
     def squared_norms(self) -> torch.Tensor:
         """See `Contribution`."""
-        norms = torch.zeros(self.units.count, dtype=torch.float64, device=self.backprops.device)
-        for numbers, records in self.units.by_size():
-            entries, g = (self.units.joined(t, records) for t in (self.entries, self.backprops))
-            same = entries[:, :, None] == entries[:, None, :]
-            norms[numbers.to(norms.device)] = _guarded(
-                (same * (g @ g.mT)).sum((1, 2), dtype=torch.float64), None, g, g.shape[2]
-            )
-        return norms
+        owner, _, much = self._added
+        norms = torch.zeros(self.units.count, dtype=torch.float64, device=much.device)
+        return norms.index_add_(0, owner, much.square().sum(1))
 
-    def add_to(self, total: torch.Tensor, weights: torch.Tensor, part: slice, holes: bool) -> None:
+    def add_to(self, total: torch.Tensor, weights: torch.Tensor, holes: bool, exact: bool = True) -> None:
         """See `Contribution`."""
-        rows = self.units.rows(part)
-        per_record = weights[self.units.of_record[rows].to(weights.device)]
-        g = self.backprops[rows]
+        owner, entry, much = self._added
         if holes:
-            g = _without(per_record, g)
-        g = g * per_record[:, None, None]
-        total.view(self.shape).index_add_(0, self.entries[rows].flatten(), g.flatten(0, 1))
+            much = _without(weights[owner], much)
+        total.view(self.shape).index_add_(0, entry, much * weights[owner][:, None])
 
 
-def _guarded(squared: torch.Tensor, a: torch.Tensor | None, g: torch.Tensor, longest: int) -> torch.Tensor:
-    """`squared`, raised where fp32 could have lost what is left of it.
+def _guarded(of_a: torch.Tensor, of_g: torch.Tensor, longest: int) -> torch.Tensor:
+    """Σ_{t,s} (a_t·a_s)(g_t·g_s) per unit, raised where fp32 could have lost what is left of it. Shape [units], fp64.
+
+    Args:
+        of_a, of_g: the inner products, [units, times, times].
+        longest: how many numbers at most an inner product adds up.
 
     Where terms cancel: an inner product of n numbers is off by less than 8·√n·2^-24 of the product of its lengths, in
-    the model of independent rounding errors (Higham and Mary 2019, theorem 3.1), so the sum is off by less than twice
-    that times S², S = Σ_t ‖a_t‖·‖g_t‖. Where this may be more than 2^-11 of the sum, it is added. Where products are
-    below what fp32 can hold: each of them loses at most 2^-126, which is added for all of them.
+    the model of independent rounding errors (Higham and Mary 2019, theorem 3.1), and a row's sum, which torch takes in
+    cascades, by less than 8·log2(times)·2^-24; so the whole is off by less than twice the first and once the second
+    times S², S = Σ_t ‖a_t‖·‖g_t‖. Where this may be more than 2^-11 of the whole, it is added, and from 2^-12 on some
+    of it: a jump would let a unit's companions, on whose number the last digits may depend, decide on more than those.
+    Where products are below what fp32 can hold: each of them loses at most 2^-126, which is added for all of them.
     """
-    times, least = g.shape[1], math.sqrt(longest) * 2.0**-63  # what the squares in a length may have lost
-    of_g = torch.linalg.vector_norm(g, dim=2).double() + least
-    of_a = torch.ones_like(of_g) if a is None else torch.linalg.vector_norm(a, dim=2).double() + least
-    off = 2 * 8 * math.sqrt(longest) * _ROUNDING * (of_a * of_g).sum(1).square()
-    lost = longest * 2.0**-126 * (of_a.sum(1).square() + of_g.sum(1).square() + times**2)
-    # Written so that NaN is kept: it must be seen, and its unit counted as zero.
-    return torch.where(squared >= 2.0**11 * off, squared, squared.clamp(min=0) + off) + lost
+    squared = (of_a * of_g).sum(2).sum(1, dtype=torch.float64)
+    times, least = of_g.shape[1], math.sqrt(longest) * 2.0**-63  # what the squares in a length may have lost
+    a, g = (products.diagonal(dim1=1, dim2=2).double().sqrt() + least for products in (of_a, of_g))
+    relative = 8 * (2 * math.sqrt(longest) + math.log2(2 * times)) * _ROUNDING
+    off = relative * (a * g).sum(1).square()
+    lost = longest * 2.0**-126 * (a.sum(1).square() + g.sum(1).square() + times**2)
+    # NaN is kept in all of this: it must be seen, and its unit counted as zero.
+    squared = squared.clamp(min=0)
+    return squared + torch.minimum(off, (2 * off - squared * 2.0**-11).clamp(min=0)) + lost
 
 
 def _without(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -22,9 +22,14 @@ Sampler = Callable[[Any, Sequence[torch.Tensor], torch.Tensor], dict[torch.Tenso
 
 
 class PerRecordHooks(GradSampleHooks):
-    """Opacus's hooks, for the layers that validation allows."""
+    """Opacus's hooks, for the layers that validation allows.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        most: how many records one unit may have.
+    """
+
+    def __init__(self, model: nn.Module, most: int = 1) -> None:
+        self._most = most
         ours = {type(m): _rms_norm for m in model.modules() if full_name(m) in RMS_NORMS}
         self.GRAD_SAMPLERS: dict[type[nn.Module], Sampler] = {
             **GradSampleHooks.GRAD_SAMPLERS,
@@ -103,7 +108,7 @@ def _rms_norm(
     layer: Any, activations: Sequence[torch.Tensor], backprops: torch.Tensor
 ) -> dict[torch.Tensor, torch.Tensor]:
     """Per-record gradients of y = weight · x/√(mean x² + ε): Σ_t backprops_t · x_t/√(mean x_t² + ε)."""
-    x = activations[0].float()
-    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + layer.variance_epsilon)
-    product = normed * backprops.float()
-    return {layer.weight: product.reshape(len(product), -1, product.shape[-1]).sum(1)}
+    x, width = activations[0].float(), layer.weight.numel()
+    scale = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1).square() / width + layer.variance_epsilon)
+    product = (x * backprops.float()).reshape(len(x), -1, width)
+    return {layer.weight: torch.bmm(scale.reshape(len(x), 1, -1), product)[:, 0]}

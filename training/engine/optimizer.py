@@ -1,13 +1,14 @@
 """Clip, sum, noise, reduce, step: Opacus's DPOptimizer with the parts replaced that its hazards call for.
 
-Units are clipped and summed in fp32, and every few micro-batches the sum goes to an fp64 one: in fp32, one unit more
-may move a sum of a million units by 2 % more than C. A logical step ends in one all-reduce, to which rank 0 has added
-noise. The sums and everything before the noise are private (P13): nothing here may return, print or store them.
+Units are clipped in fp32 and summed in fp64: in fp32, one unit more may move a sum of a million units by 2 % more than
+C. A logical step ends in one all-reduce, to which rank 0 has added noise. The sums and everything before the noise are
+private (P13): nothing here may return, print or store them.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 
 import torch
@@ -22,13 +23,64 @@ from training.engine.run import DPSGDRun
 # The released sum lies on multiples of a public power of two, about σC·2^-18: the low bits of floating-point noise,
 # by which sums can be told apart (Mironov 2012), are not released.
 GRID_BITS = 18
-# The most that units × additions may become in the fp32 sum before it goes to the fp64 one, with batches of up to 2^14
-# units; less for larger ones: a sum that goes over in many parts is rounded anew in each when one unit more is in it.
-SPAN, SPANNED = 1024, 2**24
+# Products of activations and output gradients are sums over a micro-batch's r units and T times. In fp32 such a sum is
+# off by about √(rT)·2^-24·r·C, in the model of independent rounding errors, and anew wherever one unit more comes
+# first: together √(BT)·r·2^-24·C for B units. Batches expected to be larger than this take their products in fp64.
+LARGE = 2**13
 # The collective carries fp32 while expected_batch_size × ranks is at most this, and fp64 above. Taking un-noised sums
 # to fp32 and adding W of them up rounds W times, each by at most 2^-24 of a sum of at most n·max_grad_norm. Where n,
 # what joined, is up to twice what was expected, that is 2·W·2^-24·2·B ≤ 2^-12 of max_grad_norm for two neighbours.
 FP32_SUMS = 1024
+
+
+def is_distributed() -> bool:
+    """Whether torch.distributed is initialised."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def process_group() -> object:
+    """The default process group, by identity; None where there is none."""
+    return dist.group.WORLD if is_distributed() else None
+
+
+def ranks() -> int:
+    """How many ranks take part."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def grid_of(run: DPSGDRun, rounded: bool) -> float:
+    """The public power of two on whose multiples the released sum lies.
+
+    Args:
+        rounded: whether the ranks' sums were rounded to fp32 before they were added up. A large one then lies on a
+            lattice coarser than σC·2^-18, and what another rank adds would show through it: the grid is as coarse as
+            the largest sum's, for as many units as will ever join (more do with a probability below e^-80, by
+            Chernoff) and noise of up to 9σC.
+    """
+    exponent = math.floor(math.log2(run.noise_std)) - GRID_BITS
+    if rounded:
+        units = run.expected_batch_size + 12 * math.sqrt(run.expected_batch_size) + 60
+        largest = units * run.max_grad_norm + 9 * run.noise_std
+        exponent = max(exponent, math.floor(math.log2(largest)) - 23)
+    return float(2.0**exponent)
+
+
+def check_products() -> None:
+    """See that matrix products of fp32 numbers are fp32 numbers.
+
+    Raises:
+        PurserError: torch, or the driver, was told to take them in less.
+    """
+    try:
+        whole = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set by torch.backends.*.fp32_precision, of which it will not speak
+        whole = False
+    if not whole or os.environ.get("NVIDIA_TF32_OVERRIDE", "0") != "0":
+        raise PurserError(
+            "torch: float32 matrix products are set to a lower precision, in which a unit's norm could come out too "
+            "small; leave torch.set_float32_matmul_precision at highest, and torch.backends.*.fp32_precision and "
+            "NVIDIA_TF32_OVERRIDE alone. training.precision: bf16 is safe."
+        )
 
 
 class PrivateOptimizer(DPOptimizer):
@@ -55,12 +107,12 @@ class PrivateOptimizer(DPOptimizer):
         )
         self._size = sum(p.numel() for p in self.params)
         self._sum = torch.zeros(self._size, dtype=torch.float64, device=self.params[0].device)
-        self._recent = torch.zeros(self._size, device=self._sum.device)
-        self._span = max(1, min(SPAN, SPANNED // run.expected_batch_size))
-        self._additions = self._units = 0
-        self._whole = True  # whether the last micro-batch was added in all of its parts
+        self._whole = True  # whether all that was begun was also finished
         self._keys = Keystream()
-        self._grid = 2.0 ** (math.floor(math.log2(run.noise_std)) - GRID_BITS)
+        self._group, self._ranks = process_group(), ranks()
+        # The collective carries fp32 numbers where few units are expected: see FP32_SUMS.
+        self._carrier = torch.float32 if run.expected_batch_size * self._ranks <= FP32_SUMS else torch.float64
+        self._grid = grid_of(run, self._ranks > 1 and self._carrier == torch.float32)
 
     @property
     def noise_multiplier(self) -> float:
@@ -92,51 +144,40 @@ class PrivateOptimizer(DPOptimizer):
             contributions: one for every trainable parameter, over the same units.
 
         Raises:
-            PurserError: torch is set to multiply fp32 matrices in less, or an earlier micro-batch failed half-way.
+            PurserError: torch is set to multiply fp32 matrices in less, or something failed half-way before.
         """
         self._check_whole()
-        if torch.get_float32_matmul_precision() != "highest":
-            raise PurserError(
-                "torch: float32 matrix products are set to a lower precision, in which a unit's norm could come out "
-                "too small; leave torch.set_float32_matmul_precision at highest. training.precision: bf16 is safe."
-            )
-        parts = [contributions[p] for p in self.params]
-        factors = clip_factors(torch.stack([part.squared_norms() for part in parts]).sum(0), self._run.max_grad_norm)
-        holes = bool((factors == 0).any())
-        self._whole = False
-        for first in range(0, len(factors), self._span):
-            some = slice(first, min(first + self._span, len(factors)))
-            self._make_room(some.stop - some.start)
-            start = 0
+        check_products()
+        with torch.autocast(self._sum.device.type, enabled=False):  # whatever the caller has on: norms are fp32
+            parts = [contributions[p] for p in self.params]
+            squared_norms = torch.stack([part.squared_norms() for part in parts]).sum(0)
+            factors = clip_factors(squared_norms, self._run.max_grad_norm)
+            if len(factors) > self._run.physical_batch_size:
+                raise PurserError(
+                    "training.physical_batch_size: a micro-batch has more units than may go through at once."
+                )
+            holes = bool((factors == 0).any())
+            self._whole = False
+            exact, start = self._run.expected_batch_size > LARGE, 0
             for p, part in zip(self.params, parts, strict=True):
-                part.add_to(self._recent[start : start + p.numel()], factors, some, holes)
+                part.add_to(self._sum[start : start + p.numel()], factors, holes, exact)
                 start += p.numel()
-        self._whole = True
+            self._whole = True
 
-    def _make_room(self, units: int) -> None:
-        """Before `units` more go to the fp32 sum: empty it into the fp64 one where it would become inexact."""
-        self._additions += 1
-        self._units += units
-        if self._additions * self._units > self._span:
-            self._flush()
-            self._additions, self._units = 1, units
+    def spoil(self) -> None:
+        """A logical step failed half-way: units may be in the sum already, and must not be added again."""
+        self._whole = False
 
     def _check_whole(self) -> None:
         if not self._whole:
             raise PurserError(
-                "training: a micro-batch was added in part only (out of memory?); start again with a smaller "
-                "training.physical_batch_size. What was authorised is spent."
+                "training: a step was made in part only (out of memory?); start again, with a smaller "
+                "training.physical_batch_size if memory is short. What was authorised is spent."
             )
-
-    def _flush(self) -> None:
-        self._sum += self._recent
-        self._recent.zero_()
-        self._additions = self._units = 0
 
     def contribution(self) -> torch.Tensor:
         """Hand over and clear the un-noised sum: for the rehearsal on synthetic inputs only. Shape [parameters]."""
         self._check_whole()
-        self._flush()
         taken, self._sum = self._sum, torch.zeros_like(self._sum)
         return taken
 
@@ -144,11 +185,17 @@ class PrivateOptimizer(DPOptimizer):
         """Noise, reduce, scale and apply the sum; the same on every rank, whatever it accumulated.
 
         Raises:
-            PurserError: another rank ended or kept silent for longer than the process group's timeout.
+            PurserError: another rank ended or kept silent for longer than the process group's timeout, or the process
+                group is not the one that the optimizer was made in.
         """
         self._check_whole()
-        self._flush()
-        distributed = dist.is_available() and dist.is_initialized()
+        self._whole = False
+        if process_group() is not self._group:
+            raise PurserError(
+                "training: the process group changed after the trainer was made, so that the ranks would no longer add "
+                "up to one step; make the trainer after init_process_group, and end it before the group."
+            )
+        distributed = is_distributed()
         if not distributed or dist.get_rank() == 0:
             noise = torch.from_numpy(self._keys.normal(self._size))
             self._sum.add_(noise.to(self._sum.device), alpha=self._run.noise_std)
@@ -162,11 +209,21 @@ class PrivateOptimizer(DPOptimizer):
         self.original_optimizer.step()
         self.original_optimizer.zero_grad(set_to_none=True)
         self._sum.zero_()
+        self._whole = True
+
+    def rehearse_step(self) -> None:
+        """Take a step of whatever was accumulated, and undo it: there was memory for noise, collective and optimizer.
+        For the rehearsal on synthetic inputs only."""
+        before = [p.detach().clone() for p in self.params]
+        self.step()
+        with torch.no_grad():
+            for p, old in zip(self.params, before, strict=True):
+                p.copy_(old)
+        self.original_optimizer.state.clear()
 
     def _reduced(self) -> torch.Tensor:
         """The sum over all ranks, by the step's one collective."""
-        exact = self._run.expected_batch_size * dist.get_world_size() > FP32_SUMS
-        shared = self._sum if exact else self._sum.float()
+        shared = self._sum.to(self._carrier)
         failed = False
         try:
             dist.all_reduce(shared)

@@ -14,8 +14,15 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
+_forks = [0]  # how many forks lie between this process and the first: numbers of processes are used again
+os.register_at_fork(after_in_child=lambda: _forks.append(_forks.pop() + 1))
 _KEY_LIFE = 1 << 37  # bytes drawn under one key, half of what its counter allows; then a fresh one is taken
 _CHUNK = 1 << 16  # numbers made at a time, so that they stay in a core's cache
+
+
+def _process() -> tuple[int, int]:
+    """What no two processes have in common that one of them was forked from."""
+    return os.getpid(), _forks[0]
 
 
 class Keystream:
@@ -27,7 +34,7 @@ class Keystream:
         self._rekey()
 
     def _rekey(self) -> None:
-        self._owner = os.getpid()
+        self._owner = _process()
         # The first four bytes of this nonce are the 32-bit block counter: from 0, so that the stream is at its longest.
         nonce = bytes(4) + os.urandom(12)
         self._encryptor = Cipher(algorithms.ChaCha20(os.urandom(32), nonce), mode=None).encryptor()
@@ -36,7 +43,7 @@ class Keystream:
     def integers(self, count: int) -> np.ndarray:
         """`count` independent uniform integers. Shape [count], dtype uint64."""
         self._left -= 8 * count
-        if self._owner != os.getpid() or self._left < 0:
+        if self._owner != _process() or self._left < 0:
             self._rekey()
             self._left -= 8 * count
         return np.frombuffer(self._encryptor.update(bytes(8 * count)), dtype="<u8")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from cluster.errors import PurserError
+from cluster.errors import PurserError, UsageError
 from training.engine.randomness import Keystream
 from training.engine.run import DPSGDRun
 
@@ -28,12 +28,21 @@ class Shard:
             be predicted.
         offsets: int64 array [units + 1]; unit u owns records offsets[u] to offsets[u+1].
         mask: int64 tensor [records, length], 1 where there is a token and 0 in the padding after them; None for tables.
+
+    Raises:
+        UsageError: there is padding before a token: causal models are given no mask, and would read it.
     """
 
     features: torch.Tensor
     labels: torch.Tensor
     offsets: np.ndarray
     mask: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and bool((self.mask[:, 1:] > self.mask[:, :-1]).any()):
+            raise UsageError(
+                "data: padding stands before a record's tokens; set the tokenizer's padding_side to right."
+            )
 
     @property
     def units(self) -> int:

@@ -5,10 +5,11 @@ Asks nobody for permission: the caller runs no more steps than were authorised. 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -21,10 +22,10 @@ from training.engine.bookkeeping import BookKeepingHooks
 from training.engine.contributions import Contribution, Units
 from training.engine.layers import PerRecordHooks
 from training.engine.objective import causal, record_losses
-from training.engine.optimizer import PrivateOptimizer
+from training.engine.optimizer import PrivateOptimizer, is_distributed, ranks
 from training.engine.run import DPSGDRun
 from training.engine.sampling import MicroBatch, PoissonSampler, Shard, micro_batches, rows_of
-from training.engine.validation import check_model
+from training.engine.validation import check_model, guard_rows
 
 # Inputs need no gradients here; Opacus's hooks are right in that case.
 warnings.filterwarnings("ignore", message="Full backward hook is firing")
@@ -83,6 +84,8 @@ class PrivateTrainer:
 
     The model is checked and hooked on construction, and every rank starts from rank 0's parameters.
 
+    Its ranks are those of the process group in which it is made; all of them must make it alike.
+
     Args:
         model: on the device where it is to train, trainable parameters in fp32.
         optimizer: what takes the steps.
@@ -93,7 +96,7 @@ class PrivateTrainer:
         activation_checkpointing: recompute activations in the backward pass; for transformers models.
 
     Raises:
-        UsageError: the model cannot be trained privately in this way.
+        UsageError: the model cannot be trained privately in this way, or not all ranks were given the same.
     """
 
     def __init__(
@@ -112,14 +115,22 @@ class PrivateTrainer:
         self.precision = precision
         if activation_checkpointing:
             checkpoint_activations(model, clipping)
-        self._hooks = PerRecordHooks(model) if clipping == "hooks" else BookKeepingHooks(model)
+        self._guards = guard_rows(model)
+        hooks = PerRecordHooks if clipping == "hooks" else BookKeepingHooks
+        self._hooks = hooks(model, run.max_records_per_unit)
         inner = make_optimizer(model, optimizer)
         self._optimizer = PrivateOptimizer(inner, run)
         self._schedule = LambdaLR(inner, lambda step: rate_at(step, run.steps, optimizer))
         model.train()
-        self.rows = rows_of(run, 1)
-        if dist.is_available() and dist.is_initialized():
-            self.rows = rows_of(run, dist.get_world_size())
+        self.rows = rows_of(run, ranks())
+        self._planned = planned(run, optimizer)
+        self._sampler: PoissonSampler | None = None
+        self._shard: Shard | None = None
+        if is_distributed():
+            shapes = [(name, p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()]
+            buffers = digests(model.named_buffers())
+            how = (clipping, precision, activation_checkpointing, run.physical_batch_size)
+            check_same_on_all_ranks(repr((self._planned, how, shapes, buffers)), self.device)
             for parameter in model.parameters():
                 dist.broadcast(parameter.data, src=0)
         self._fixed = fixed_state(model)
@@ -130,9 +141,10 @@ class PrivateTrainer:
 
     def _contributions(self, batch: MicroBatch) -> Mapping[torch.Tensor, Contribution]:
         whole = self._whole(batch)
-        with self._hooks.one_pass(Units(batch.unit, batch.units), len(whole.labels)):
-            self._loss(whole).backward()
-        return self._hooks.contributions()
+        with torch.autocast(self.device.type, enabled=False):  # whatever the caller has on: _loss has its own
+            with self._hooks.one_pass(Units(batch.unit, batch.units), len(whole.labels)):
+                self._loss(whole).backward()
+            return self._hooks.contributions()
 
     def _whole(self, batch: MicroBatch) -> MicroBatch:
         """`batch` in the one shape that all have, on the device. With a mask there is a row of padding in any case."""
@@ -144,31 +156,52 @@ class PrivateTrainer:
             losses = record_losses(self.model, batch)
         return losses.sum()
 
-    def gradients(self, batch: MicroBatch) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    def gradients(self, batch: MicroBatch) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
         """For the rehearsal on synthetic inputs only: of each trainable parameter its name, the unclipped sum of what
-        `batch` contributes, and the gradient as autograd has it. Shapes [numbers]."""
+        `batch` contributes, the gradient as autograd has it (shapes [numbers]), and the sum of the units' norms."""
         names = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         ours = self._contributions(batch)
         self._hooks.disable_hooks()
-        theirs = torch.autograd.grad(self._loss(self._whole(batch)), [p for _, p in names], allow_unused=True)
+        with torch.autocast(self.device.type, enabled=False):
+            theirs = torch.autograd.grad(self._loss(self._whole(batch)), [p for _, p in names], allow_unused=True)
         self._hooks.enable_hooks()
         ones = torch.ones(batch.units, device=self.device)
         for (name, p), true in zip(names, theirs, strict=True):
-            total = torch.zeros(p.numel(), device=self.device)
-            ours[p].add_to(total, ones, slice(0, batch.units), holes=False)
-            yield name, total, torch.zeros_like(total) if true is None else true.flatten()
+            total = torch.zeros(p.numel(), dtype=torch.float64, device=self.device)
+            ours[p].add_to(total, ones, holes=False)
+            sizes = ours[p].squared_norms().sqrt().sum().item()
+            yield name, total, torch.zeros_like(total) if true is None else true.flatten(), sizes
 
-    def steps(self, shard: Shard, sampler: PoissonSampler, count: int) -> None:
-        """Run `count` logical steps. A rank whose batch is empty takes part in each collective all the same."""
-        for _ in range(count):
-            for batch in micro_batches(shard, sampler.draw(), self.rows):
-                self.accumulate(batch)
-            self._optimizer.step()
-            self._schedule.step()
+    def steps(self, shard: Shard, count: int) -> None:
+        """Run `count` logical steps on Poisson samples of `shard`, under keys of this trainer's own. A rank whose batch
+        is empty takes part in each collective all the same.
+
+        Raises:
+            PurserError: more steps than are planned; or an earlier step failed half-way, so that this trainer can take
+                no other.
+        """
+        done = self._schedule.last_epoch
+        if not 0 <= count <= self.run.steps - done:
+            raise PurserError(f"training.steps: {count} more were asked for after {done} of {self.run.steps}.")
+        if self._sampler is None or self._shard is not shard:
+            self._sampler, self._shard = PoissonSampler(self.run, shard.units), shard
+        try:
+            for _ in range(count):
+                for batch in micro_batches(shard, self._sampler.draw(), self.rows):
+                    self.accumulate(batch)
+                self._optimizer.step()
+                self._schedule.step()
+        except BaseException:
+            self._optimizer.spoil()
+            raise
 
     def contribution(self) -> torch.Tensor:
         """The un-noised sum so far, handed over and cleared: for the rehearsal on synthetic inputs only."""
         return self._optimizer.contribution()
+
+    def rehearse_step(self) -> None:
+        """See `PrivateOptimizer.rehearse_step`."""
+        self._optimizer.rehearse_step()
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters and optimizer state, all of it already noised; nothing about keys is in it (P10)."""
@@ -177,10 +210,22 @@ class PrivateTrainer:
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "fixed": self._fixed,
+            "planned": self._planned,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, under fresh keys."""
+        """Go on from `state`, under fresh keys.
+
+        Raises:
+            UsageError: it is of a run with other numbers, which its optimizer would go on with.
+            PurserError: it has other frozen tensors or buffers.
+        """
+        for field, value in self._planned.items():
+            if state["planned"].get(field) != value:
+                raise UsageError(
+                    f"{field}: {value} was given, the checkpoint is of a run with {state['planned'].get(field)}; a run "
+                    "goes on with the numbers that it began with, start a new one for others."
+                )
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
@@ -194,25 +239,62 @@ class PrivateTrainer:
             PurserError: one of them is not: it may hold what no noise covers.
         """
         after = fixed_state(self.model)
-        for name, digest in self._fixed.items():
-            if after[name] != digest:
-                raise PurserError(f"model: {name} is frozen, and yet it changed in training; nothing is released.")
+        changed = sorted(name for name, _ in self._fixed.items() ^ after.items())
+        if changed:
+            raise PurserError(
+                f"model: {changed[0]} is frozen or a buffer, and yet it changed in training; nothing is released."
+            )
 
     def unhook(self) -> nn.Module:
         """Take Opacus's hooks off and return the plain model, for release; see `check_fixed`."""
         self._hooks.remove_hooks()
+        for guard in self._guards:
+            guard.remove()
         self.check_fixed()
         return self.model
 
 
 def fixed_state(model: nn.Module) -> dict[str, str]:
     """SHA-256 of each buffer and frozen parameter, by name: public, and the same at release as at the start."""
-    fixed = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
-    digests = {}
-    for name, tensor in (*fixed, *model.named_buffers()):
+    frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+    return digests((*frozen, *model.named_buffers()))
+
+
+def digests(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """SHA-256 of each tensor's content, by name."""
+    found = {}
+    for name, tensor in tensors:
         content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        digests[name] = hashlib.sha256(content).hexdigest()
-    return digests
+        found[name] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def planned(run: DPSGDRun, choice: OptimizerChoice) -> dict[str, Any]:
+    """What a run that goes on from a checkpoint must have in common with the one that wrote it: field → value."""
+    numbers = {
+        f"training.{name}": value
+        for name, value in dataclasses.asdict(run).items()
+        if name not in ("physical_batch_size", "block")  # change memory and charging, never the result
+    }
+    names = ("name", "learning_rate", "momentum", "weight_decay", "schedule", "warmup")
+    return numbers | {f"training.optimizer.{name}": getattr(choice, name) for name in names}
+
+
+def check_same_on_all_ranks(facts: str, device: torch.device) -> None:
+    """Compare `facts` with rank 0's; all ranks hear of it if one differs.
+
+    Raises:
+        UsageError: they differ: one rank would clip at another norm, or the ranks would train different models.
+    """
+    mine = torch.tensor(list(hashlib.sha256(facts.encode()).digest()), device=device)
+    first = mine.clone()
+    dist.broadcast(first, src=0)
+    differ = (mine != first).any().to(torch.int64)
+    dist.all_reduce(differ)
+    if differ.item():
+        raise UsageError(
+            "training: not all ranks were given the same run, model and settings; start all of them from one job file."
+        )
 
 
 def checkpoint_activations(model: nn.Module, clipping: str) -> None:

@@ -6,8 +6,11 @@ per-record gradient for it. Everything else is refused with the fix; there is no
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from cluster.errors import UsageError
 
@@ -93,6 +96,7 @@ def check_model(model: nn.Module, tied: bool = False) -> None:
     for name, module in model.named_modules():
         _check_module(f"model: the layer {name or 'at the top'} ({type(module).__name__})", module)
     _check_attention(model)
+    _check_padding(model)
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
@@ -171,6 +175,43 @@ def _check_attention(model: nn.Module) -> None:
         )
     if getattr(config, "attention_dropout", 0) or getattr(config, "attention_probs_dropout_prob", 0):
         raise UsageError("model: its attention drops numbers at random; set its dropout to 0 in the configuration.")
+
+
+def _check_padding(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    if type(model).__name__.endswith("SequenceClassification") and getattr(config, "pad_token_id", 0) is None:
+        raise UsageError(
+            "model: its configuration has no pad_token_id, by which it finds where a record ends; set it to the "
+            "tokenizer's."
+        )
+
+
+def guard_rows(model: nn.Module) -> list[RemovableHandle]:
+    """Refuse, at each forward pass, an input that a layer would take for one record while it is many.
+
+    Norms go over the last dimensions whatever the others are, and a convolution takes [rows, height, width] for one
+    image of so many channels: then records touch each other. Shapes are public; there is one of them in a whole run.
+    """
+    guards: list[RemovableHandle] = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            least = len(module.normalized_shape) + 1
+        elif isinstance(module, nn.Conv2d):
+            least = 4
+        elif isinstance(module, nn.GroupNorm):
+            least = 2
+        else:
+            continue
+        guards.append(module.register_forward_pre_hook(functools.partial(_guard, name, least)))
+    return guards
+
+
+def _guard(name: str, least: int, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    if inputs[0].dim() < least:
+        raise UsageError(
+            f"model: the layer {name} ({type(module).__name__}) got {inputs[0].dim()} dimensions and would take the "
+            f"records of a batch for one record; give it {least} or more, the first of which counts records."
+        )
 
 
 def full_name(module: nn.Module) -> str:

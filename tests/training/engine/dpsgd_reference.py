@@ -143,7 +143,7 @@ def trained(model: nn.Module, shard: Shard, run: DPSGDRun, *how: Any, **optimize
     """The engine's parameters after the run, flat; `how`: clipping, precision, activation_checkpointing."""
     choice = Optimizer(**{"learning_rate": 0.5, **optimizer})
     trainer = PrivateTrainer(model, choice, run, *how)
-    trainer.steps(shard, PoissonSampler(run, shard.units), run.steps)
+    trainer.steps(shard, run.steps)
     return flat(trainer.unhook())
 
 
@@ -162,6 +162,7 @@ def fresh_processes(*preload: str):
 
 # What follows runs in spawned processes.
 
+BATCHES = (5, 2000)  # expected: with few of them the ranks' sums travel in fp32, with many in fp64
 WIDE = (300, 400)  # a layer with 120,000 weights: enough to tell one noise from the sum of three
 
 
@@ -204,7 +205,10 @@ def rank_main(rank: int, folder: str) -> None:
                 timeout=datetime.timedelta(seconds=60),
             )
             seen[f"parameters{world}"] = {
-                (kind, mode): _trained_as_rank(kind, mode, rank, world) for kind in KINDS for mode in MODES
+                (kind, mode, batch): _trained_as_rank(kind, mode, rank, world, batch)
+                for kind in KINDS
+                for mode in MODES
+                for batch in BATCHES
             }
             seen[f"noise{world}"] = _noise_as_rank()
             if world == 4:
@@ -213,7 +217,7 @@ def rank_main(rank: int, folder: str) -> None:
     torch.save(seen, Path(folder) / f"{rank}.pt")
 
 
-def _trained_as_rank(kind: str, mode: str, rank: int, world: int) -> torch.Tensor:
+def _trained_as_rank(kind: str, mode: str, rank: int, world: int, batch: int) -> torch.Tensor:
     """Of three or four ranks the last holds nothing, ever; the others hold unequal shares."""
     shard = shard_of()
     holders = max(1, min(world, 2) if world < 4 else 3)
@@ -221,7 +225,8 @@ def _trained_as_rank(kind: str, mode: str, rank: int, world: int) -> torch.Tenso
     mine = part_of(shard, np.flatnonzero(owner == rank))
     with noise_off():
         # Another seed on every rank: the engine must start all of them from rank 0's parameters.
-        return trained(model_of(kind, seed=rank), mine, plan(max_grad_norm=CLIP[kind], physical_batch_size=4), mode)
+        run = plan(max_grad_norm=CLIP[kind], physical_batch_size=4, expected_batch_size=batch)
+        return trained(model_of(kind, seed=rank), mine, run, mode, learning_rate=0.1 * batch)
 
 
 def _noise_as_rank() -> torch.Tensor:
@@ -231,7 +236,7 @@ def _noise_as_rank() -> torch.Tensor:
     empty = part_of(shard_of(), np.arange(0))
     trainer = PrivateTrainer(model, Optimizer(learning_rate=1.0), run)
     before = flat(model)
-    trainer.steps(empty, PoissonSampler(run, 0), 1)
+    trainer.steps(empty, 1)
     return flat(model) - before
 
 
@@ -249,5 +254,5 @@ def _collectives_as_rank(rank: int) -> dict[str, Any]:
     run = plan(sample_rate=0.05, steps=11, block=11)
     trainer = PrivateTrainer(model_of("linear"), Optimizer(), run)
     with Counted() as counted:
-        trainer.steps(shard, PoissonSampler(run, shard.units), run.steps)
+        trainer.steps(shard, run.steps)
     return {"collectives": counted.calls, "rare": flat(trainer.model)}

@@ -24,7 +24,7 @@ from torch import nn
 from training.config import Optimizer
 from training.engine import randomness
 from training.engine.optimizer import PrivateOptimizer
-from training.engine.randomness import Keystream
+from training.engine.randomness import Keystream, _process
 from training.engine.run import SIGMA_MARGIN
 from training.engine.sampling import PoissonSampler
 from training.engine.trainer import PrivateTrainer
@@ -52,7 +52,7 @@ def noise_steps(trainer, count):
     empty, steps = part_of(shard_of(), np.arange(0)), []
     for _ in range(count):
         before = flat(trainer.model)
-        trainer.steps(empty, PoissonSampler(trainer.run, 0), 1)
+        trainer.steps(empty, 1)
         steps.append((flat(trainer.model) - before).numpy())
     return steps
 
@@ -91,6 +91,25 @@ def test_the_tail_ends_at_8_57(monkeypatch):
     for low_bits, beyond in ((2**20, 6.7), (2**26, 5.8)):  # uniforms of about 2^-44 and 2^-38
         monkeypatch.setattr(Keystream, "integers", bits([low_bits]))
         assert Keystream().normal(2)[0] > beyond
+
+
+def test_the_tail_beyond_5_8_has_the_normal_s_law(monkeypatch):
+    """Uniforms below 2^-25 alone: by theirs, half the squared radius less 25·ln 2 is exponential, the angle uniform."""
+    real = Keystream.integers
+
+    def rare(self, count):
+        bits = real(self, count).copy()
+        bits[: count // 2] >>= np.uint64(25)
+        return bits
+
+    monkeypatch.setattr(randomness, "_CHUNK", 400_000)
+    monkeypatch.setattr(Keystream, "integers", rare)
+    x, y = Keystream().normal(400_000).reshape(2, -1)
+    beyond = (x**2 + y**2) / 2 - 25 * math.log(2)
+    assert beyond.min() >= -1e-9
+    assert x.max() > 6
+    assert stats.kstest(beyond, "expon").pvalue > RARE
+    assert stats.kstest(np.arctan2(y, x) / (2 * math.pi) + 0.5, "uniform").pvalue > RARE
 
 
 def test_no_bits_make_a_non_finite_draw(monkeypatch):
@@ -257,7 +276,7 @@ def drawn_in_child(stream, pretend=False):
     child = os.fork()
     if child == 0:
         if pretend:
-            stream._owner = os.getpid()
+            stream._owner = _process()
         os.write(writing, stream.integers(8).tobytes())
         os._exit(0)
     os.close(writing)
@@ -277,6 +296,13 @@ def test_a_forked_child_draws_another_stream(used):
     mine = stream.integers(8).tobytes()
     assert len({mine, *children}) == 3
     assert all(len(content) == 64 for content in children)
+
+
+def test_a_process_whose_number_was_its_grandparent_s_draws_another_stream(monkeypatch):
+    """Numbers of processes are used again."""
+    stream, number = Keystream(), os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: number)
+    assert drawn_in_child(stream) != stream.integers(8).tobytes()
 
 
 def test_the_check_of_forks_bites():
@@ -309,7 +335,7 @@ def test_checkpoints_hold_nothing_about_keys(monkeypatch):
     assert len(given) >= 4
     for secret in given:
         assert secret not in file.getvalue()
-    assert set(state) <= {"model", "optimizer", "schedule", "fixed"}
+    assert set(state) <= {"model", "optimizer", "schedule", "fixed", "planned"}
     torch.load(io.BytesIO(file.getvalue()), weights_only=True)  # plain tensors and numbers
 
 
@@ -327,6 +353,14 @@ def test_a_resumed_run_does_not_replay_noise():
     assert not np.array_equal(on, replayed)
 
 
+def test_the_check_of_replayed_noise_bites(monkeypatch):
+    """With a key that is the same at each start, two attempts draw one noise."""
+    monkeypatch.setattr(os, "urandom", bytes)
+    first, again = (noise_steps(trainer_of(plan(noise_multiplier=3.0)), 1)[0] for _ in range(2))
+    assert correlated(first, again)
+    assert np.array_equal(first, again)
+
+
 def test_a_resumed_run_goes_on_where_it_was():
     """Weights, momentum and the schedule's place are in the checkpoint: noise-free, two halves are the whole."""
     choice = Optimizer(learning_rate=0.3, momentum=0.9, schedule="linear")
@@ -339,12 +373,12 @@ def test_a_resumed_run_goes_on_where_it_was():
 
     with noise_off():
         unbroken = trainer()
-        unbroken.steps(shard, PoissonSampler(run, shard.units), 4)
+        unbroken.steps(shard, 4)
         before = trainer()
-        before.steps(shard, PoissonSampler(run, shard.units), 2)
+        before.steps(shard, 2)
         after = trainer()
         after.load_state_dict(copy.deepcopy(before.state_dict()))
-        after.steps(shard, PoissonSampler(run, shard.units), 2)
+        after.steps(shard, 2)
     assert torch.equal(flat(after.model), flat(unbroken.model))
 
 

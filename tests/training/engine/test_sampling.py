@@ -126,6 +126,18 @@ def test_no_seed_reaches_the_coins():
     assert drawn[0] != drawn[1]
 
 
+def test_a_sampler_at_three_in_ten_million(monkeypatch):
+    """Integers of 44 bits in place of 64 make the rate 2^20 times as high, which can be counted; on two ranks."""
+    real = Keystream.integers
+    monkeypatch.setattr(Keystream, "integers", lambda self, count: real(self, count) >> np.uint64(20))
+    run, units = plan(sample_rate=3e-7), 200_000
+    joined = [PoissonSampler(run, units).draw() for _ in range(2)]
+    rate = 3e-7 * 2**20
+    for found in joined:
+        assert stats.binomtest(len(found), units, rate).pvalue > 1e-7
+    assert stats.binomtest(len(np.intersect1d(*joined)), units, rate**2).pvalue > 1e-7
+
+
 def test_a_rank_without_units_draws_empty_batches():
     sampler = PoissonSampler(plan(sample_rate=0.5), 0)
     assert all(len(sampler.draw()) == 0 for _ in range(3))
