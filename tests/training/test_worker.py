@@ -21,7 +21,9 @@ from cluster.errors import PurserError, Unreachable
 from training import worker
 from training.admission import admit, plans_of
 from training.config import load
+from training.engine.bookkeeping import BookKeepingHooks
 from training.engine.trainer import PrivateTrainer
+from training.models import rehearsed
 from tuning.config import SweepJob
 
 TRAIN, VALIDATION = "digits/train", "digits/validation"
@@ -233,6 +235,77 @@ def test_other_code_or_other_data_is_found_before_any_charge(desk, monkeypatch):
         desk.train()
     assert desk.steps_charged() == 0
     assert desk.events == []
+
+
+def test_what_runs_is_what_was_reserved(desk):
+    """A worker that is told of less noise, or of larger batches, than its lease says runs not one step (P12)."""
+    for values in (
+        {"training.noise_multiplier": 0.1},
+        {"training.expected_batch_size": 1000},
+        {"training.steps": 5},
+        {"evaluation.noise": 1.0},
+    ):
+        with pytest.raises(PurserError, match="what would run is not what was reserved"):
+            desk.train(job=desk.job.with_values(values).model_dump(mode="json"))
+    assert desk.steps_charged() == 0
+    assert desk.events == []
+
+
+def interrupted(desk, monkeypatch):
+    """Train, and die in the second block; the parameters that the next attempt starts with go to a list."""
+    steps, calls, seen = PrivateTrainer.steps, [], []
+
+    def dies(trainer, shard, count):
+        calls.append(count)
+        if len(calls) == 2:
+            raise MemoryError
+        if len(calls) == 3:
+            seen.append([p.detach().clone() for p in trainer.model.parameters()])
+        steps(trainer, shard, count)
+
+    monkeypatch.setattr(PrivateTrainer, "steps", dies)
+    with pytest.raises(PurserError, match="MemoryError"):
+        desk.train()
+    return seen
+
+
+def test_the_next_attempt_starts_from_the_checkpoint(desk, monkeypatch):
+    seen = interrupted(desk, monkeypatch)
+    with desk.checkpoint.as_directory() as folder:
+        kept = torch.load(f"{folder}/state.pt", weights_only=True)["model"]
+    desk.train()
+    assert all(torch.equal(p, saved) for p, saved in zip(seen[0], kept.values(), strict=True))
+    assert any((p != 0).any() for p in seen[0])
+
+
+def test_the_next_attempt_goes_on_with_the_same_numbers(desk, monkeypatch):
+    """What the statement says of the run must hold for all of it."""
+    interrupted(desk, monkeypatch)
+    for field, value in (("training.optimizer.learning_rate", 0.001), ("training.max_grad_norm", 50.0)):
+        with pytest.raises(PurserError, match=rf"^{field}: {value} was given"):
+            desk.train(job=desk.job.with_values({field: value}).model_dump(mode="json"))
+    assert desk.steps_charged() == 4
+
+
+def test_a_run_is_rehearsed_before_anything_is_charged(desk, monkeypatch):
+    def fails(*_arguments):
+        raise PurserError("rehearsal: clipping does not hold")
+
+    monkeypatch.setattr("training.models.rehearse", fails)
+    with pytest.raises(PurserError, match="clipping does not hold"):
+        desk.train()
+    assert not desk.books.charged("run", TRAIN)
+    assert not any(row["kind"] == "open" for row in desk.books.history(TRAIN))
+
+
+@pytest.mark.parametrize("clipping", ["hooks", "bookkeeping"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_job_s_way_of_training_is_the_trainer_s(clipping, precision):
+    values = {"training.clipping": clipping, "training.precision": precision}
+    trainer, seen = rehearsed(load(SweepJob, DIGITS).candidate(values))
+    assert isinstance(trainer._hooks, BookKeepingHooks) == (clipping == "bookkeeping")
+    assert trainer.precision == precision
+    assert seen.physical_batch_size == trainer.rows
 
 
 def test_a_checkpoint_holds_nothing_about_keys(desk):

@@ -26,7 +26,7 @@ GRID_BITS = 18
 # Products of activations and output gradients are sums over a micro-batch's r units and T times. In fp32 such a sum is
 # off by about √(rT)·2^-24·r·C, in the model of independent rounding errors, and anew wherever one unit more comes
 # first: together √(BT)·r·2^-24·C for B units. Batches expected to be larger than this take their products in fp64.
-LARGE = 2**13
+LARGE = 2**12
 # The collective carries fp32 while expected_batch_size × ranks is at most this, and fp64 above. Taking un-noised sums
 # to fp32 and adding W of them up rounds W times, each by at most 2^-24 of a sum of at most n·max_grad_norm. Where n,
 # what joined, is up to twice what was expected, that is 2·W·2^-24·2·B ≤ 2^-12 of max_grad_norm for two neighbours.

@@ -69,14 +69,14 @@ def rehearse(trainer: PrivateTrainer, inputs: Inputs) -> Rehearsal:
     """
     trains = [p for p in trainer.model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trains]
-    seen = []
-    for aside in (False, True):
-        if aside:
-            _move_aside(trains)
+    seen = [_check_clipping(trainer, inputs)]
+    try:
+        _move_aside(trains)
         seen.append(_check_clipping(trainer, inputs))
-    with torch.no_grad():
-        for p, old in zip(trains, before, strict=True):
-            p.copy_(old)
+    finally:
+        with torch.no_grad():
+            for p, old in zip(trains, before, strict=True):
+                p.copy_(old)
     _check_non_finite(trainer, inputs)
     for size in sorted({1, trainer.run.max_records_per_unit}):  # the fullest micro-batches, and a step after them
         trainer.accumulate(synthetic(inputs, torch.arange(trainer.rows // size).repeat_interleave(size)))

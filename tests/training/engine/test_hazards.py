@@ -9,10 +9,10 @@
 | H3 | a seeded or saved generator replays noise | test_noise: test_a_resumed_run_does_not_replay_noise |
 | H4 | a weight used by function escapes the norm | here: test_a_weight_…; test_language: test_an_embedding_used_by_… |
 | H5 | a second clip norm or noise multiplier | test_there_is_one_clip_norm_and_one_noise_multiplier |
-| H6 | sums in low precision | here: test_only_float32_…, test_sums_are_…; test_language: test_bf16_passes_keep_… |
-| H8 | one non-finite record poisons the sum | here: test_a_non_finite_…; test_contributions: test_a_unit_of_weight_… |
+| H6 | sums in low precision | here: test_only_…, test_sums_…, test_products_…; test_trainer: test_autocast_… |
+| H8 | one non-finite record poisons the sum | here: test_a_non_finite_…; test_contributions: test_a_unit_of_… |
 | H10 | the number of records in the normaliser | test_dpsgd: test_the_declared_batch_size_divides_and_nothing_else |
-| H11 | ranks silently train separate models | test_dpsgd: test_any_number_of_ranks_gives_the_reference |
+| H11 | ranks silently train separate models | test_trainer: test_ranks_train_one_model_in_one_group; test_dpsgd |
 | H12 | unequal micro-batches hang | test_dpsgd: ranks hold unequal shares; test_steps: test_a_lost_rank_ends_the_step |
 | H13 | raw gradients stay in p.grad | test_no_raw_gradient_stays_behind |
 | H14 | a second backward discards the first | test_dpsgd: any physical batch size |
@@ -32,6 +32,8 @@ from torch.nn import functional as F
 from cluster.errors import PurserError, UsageError
 from training.config import Optimizer
 from training.engine.contributions import PerUnit, Units
+from training.engine.optimizer import check_products
+from training.engine.rehearsal import Inputs, rehearse
 from training.engine.run import SIGMA_MARGIN
 from training.engine.sampling import MicroBatch
 from training.engine.trainer import PrivateTrainer
@@ -174,11 +176,44 @@ def test_products_in_less_than_float32_are_refused():
         torch.set_float32_matmul_precision(torch_default)
 
 
-def test_sums_are_float32_or_better():
+@pytest.mark.parametrize("switch", ["driver", "backends"])
+def test_other_switches_for_such_products_are_refused(monkeypatch, switch):
+    """Of these, get_float32_matmul_precision does not speak, or only in an error of its own."""
+    if switch == "driver":
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    else:
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            check_products()
+
+        def mixed():
+            raise RuntimeError("mix of the legacy and new APIs")
+
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    with pytest.raises(PurserError, match="lower precision") as caught:
+        check_products()
+    assert caught.value.__cause__ is None
+
+
+def test_sums_are_float64():
     trainer = trainer_of(model_of("cnn"))
     trainer.accumulate(whole(shard_of()))
     assert trainer._optimizer._sum.dtype == torch.float64
     assert trainer.contribution().dtype == torch.float64
+
+
+def test_sums_are_float64_whatever_torch_s_default_is():
+    """A habit of large models; sums in bf16 would lose units (H6)."""
+    trainer = trainer_of(model_of("mlp"))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert trainer_of(model_of("mlp").float())._optimizer._sum.dtype == torch.float64
+        trainer.accumulate(whole(shard_of()))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    expected = trainer.contribution()
+    trainer.accumulate(whole(shard_of()))
+    assert (trainer.contribution() - expected).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -249,6 +284,28 @@ def test_layers_are_refused_by_name(name):
     assert f"the layer 1 ({name})" in str(raised.value)
     with pytest.raises(UsageError, match=why):
         PrivateTrainer(nn.Sequential(nn.Linear(4, 4), layer()), Optimizer(), plan())
+
+
+ROWS = 12  # as many as a micro-batch of `plan` has where physical_batch_size is 12
+JOINING = {
+    "LayerNorm": (lambda: nn.LayerNorm((ROWS, 8)), (8,)),
+    "RMSNorm": (lambda: nn.RMSNorm((ROWS, 8), elementwise_affine=False), (8,)),
+    "Conv2d": (lambda: nn.Conv2d(ROWS, ROWS, 1).requires_grad_(False), (8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", JOINING)
+def test_a_layer_that_takes_a_batch_for_one_record_is_refused(name):
+    """torch norms over the last dimensions whatever the first are, and takes [rows, 8, 8] for one image. Below layers
+    that start at zero, no rehearsal would see that records touch."""
+    make, shape = JOINING[name]
+    first, last = nn.Linear(8, 8), nn.Linear(64 if name == "Conv2d" else 8, 3)
+    for p in (*first.parameters(), *last.parameters()):
+        nn.init.zeros_(p)
+    trainer = trainer_of(nn.Sequential(first, make(), nn.Flatten(), last), physical_batch_size=ROWS)
+    with pytest.raises(UsageError, match="would take the records of a batch for one record"):
+        rehearse(trainer, Inputs(shape, 3))
+    assert len(trainer.unhook()[1]._forward_pre_hooks) == 0
 
 
 def test_a_subclass_of_an_allowed_layer_is_unknown():

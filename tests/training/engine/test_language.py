@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import dpsgd_reference
 import numpy as np
 import pytest
 import torch
-from dpsgd_reference import MODES, flat, gradient_of, noise_off, plan, reference
+import torch.distributed as dist
+from dpsgd_reference import MODES, flat, fresh_processes, gradient_of, noise_off, plan, reference
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
@@ -22,6 +24,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -70,6 +73,7 @@ def adapted(model: nn.Module, task: str = "CAUSAL_LM", targets: tuple[str, ...] 
     """With LoRA adapters that do something already."""
     fan_in_fan_out = targets == ("c_attn",)  # GPT-2 keeps its weights transposed
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), task_type=task, fan_in_fan_out=fan_in_fan_out)
+    torch.manual_seed(2)
     with_adapters: Any = get_peft_model(copy.deepcopy(model), lora)
     torch.manual_seed(3)
     for name, parameter in with_adapters.named_parameters():
@@ -263,6 +267,59 @@ def test_a_padded_companion_changes_nothing(make, precision):
         everyone, alone, others = (contribution(mask, part) for part in (slice(None), slice(0, 1), slice(1, None)))
         assert alone.norm() <= SIGMA_MARGIN
         assert (everyone - others - alone).norm() < 1e-4
+
+
+def test_padding_before_a_record_is_refused():
+    """Causal models are given no mask, so that they would read it; many tokenizers of theirs pad on the left."""
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    with pytest.raises(UsageError, match="padding_side to right"):
+        Shard(mask, mask, np.arange(3), mask)
+    Shard(mask.flip(1), mask, np.arange(3), mask.flip(1))
+
+
+@pytest.mark.parametrize("make", [LlamaForSequenceClassification, GPT2ForSequenceClassification])
+def test_a_classifier_that_does_not_know_padding_is_refused(make):
+    """It would fail in the first pass, in a library's words."""
+    if make is LlamaForSequenceClassification:
+        config = llama_config(WORDS, 32, 48, 1)
+    else:
+        config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=WORDS, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    config.pad_token_id = None
+    model = make(config)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name == "score.weight")
+    with pytest.raises(UsageError, match="no pad_token_id"):
+        check_model(model)
+
+
+def train_as_rank(rank: int, folder: str) -> None:
+    """Adapters, and a whole model, on one of two ranks: four units on the first, two on the second."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    for name in ("lora", "full"):
+        make, causal, clip = MODELS[name]
+        shard = shard_of(causal)
+        cut = shard.offsets[4]
+        rows, offsets = (slice(cut), shard.offsets[:5]) if rank == 0 else (slice(cut, None), shard.offsets[4:] - cut)
+        mine = Shard(shard.features[rows], shard.labels[rows], offsets, shard.mask[rows])
+        run = plan(max_grad_norm=clip, physical_batch_size=8, expected_batch_size=600)
+        with noise_off():
+            got = dpsgd_reference.trained(make(), mine, run, learning_rate=RATE * 600 / 5)
+        torch.save(got, Path(folder) / f"{name}{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_give_the_reference(tmp_path):
+    with fresh_processes("test_language") as context:
+        ranks = [context.Process(target=train_as_rank, args=(rank, str(tmp_path))) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(180)
+            assert process.exitcode == 0
+    for name in ("lora", "full"):
+        first, second = (torch.load(tmp_path / f"{name}{rank}") for rank in range(2))
+        assert torch.equal(first, second)
+        assert (first - expected(name)).abs().max() < SAME
 
 
 def test_gpt2_trains_by_adapters_only():

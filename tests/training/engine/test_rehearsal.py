@@ -204,6 +204,67 @@ class Joined(nn.Module):
         return x.reshape(-1, WIDTH)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_records_that_touch_each_other_between_layers_of_zeros_are_caught(mode, monkeypatch):
+    """At first everything between them is zero: the model a little aside shows what its first steps will make of it."""
+    model = nn.Sequential(nn.Linear(WIDTH, 8), nn.Linear(8, CLASSES))
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    model[0].register_forward_hook(lambda module, inputs, output: output + output.mean(0))
+    trainer = PrivateTrainer(model, Optimizer(), plan(), mode)
+    with pytest.raises(PurserError, match="changed with its companions|do not add up"):
+        rehearse(trainer, INPUTS)
+    monkeypatch.setattr(rehearsal, "_move_aside", lambda parameters: None)
+    rehearse(trainer, INPUTS)  # as it is, it seems sound
+
+
+def test_norms_that_go_by_the_units_at_hand_are_caught(monkeypatch):
+    """Units of one size say nothing of it: one large unit among small ones does."""
+    monkeypatch.setattr(PrivateTrainer, "_contributions", by_the_units_at_hand(PrivateTrainer._contributions))
+    with pytest.raises(PurserError, match="changed with its companions"):
+        rehearse(trainer_of(max_records_per_unit=3), INPUTS)
+
+
+def by_the_units_at_hand(real):
+    """A trainer that takes norms half as large once units of several sizes are in a micro-batch."""
+
+    def contributions(trainer, batch):
+        found = real(trainer, batch)
+        if len(batch.unit.bincount().unique()) > 1:
+            for contribution in found.values():
+                contribution.gradients.mul_(0.5 / contribution.gradients.norm(dim=1, keepdim=True))
+        return found
+
+    return contributions
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("per_unit", [1, 3, 5, 10, 50])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_that_cancel_are_not_taken_for_wrong_ones(mode, per_unit, kind):
+    """Of a new linear model, each class as often as the others: the bias has no gradient but rounding."""
+    model = build(Model(kind=kind), WIDTH, 10)
+    trainer = PrivateTrainer(model, Optimizer(), plan(max_records_per_unit=per_unit), mode)
+    assert rehearse(trainer, Inputs((WIDTH,), 10)).largest_norm > 0.99
+
+
+def test_the_fullest_micro_batches_and_a_step_are_tried(monkeypatch):
+    """Of the smallest units and of the largest: either may need more memory. Then what Adam keeps, undone."""
+    choice = Optimizer(name="adam")
+    trainer = PrivateTrainer(model_of("mlp"), choice, plan(physical_batch_size=30, expected_batch_size=60))
+    seen, stepped, step = [], [], trainer._optimizer.original_optimizer.step
+    real = trainer.accumulate
+    monkeypatch.setattr(trainer, "accumulate", lambda batch: seen.append((len(batch.unit), batch.units)) or real(batch))
+    monkeypatch.setattr(trainer._optimizer.original_optimizer, "step", lambda: stepped.append(step()))
+    before = flat(trainer.model)
+    rehearse(trainer, INPUTS)
+    assert {(30, 30), (30, 10)} <= set(seen)
+    assert len(stepped) == 1
+    assert not trainer._optimizer.original_optimizer.state
+    assert torch.equal(flat(trainer.model), before)
+    assert (trainer.contribution() == 0).all()
+
+
 def test_a_buffer_that_changes_in_the_forward_pass_is_caught():
     """Before anything is charged, not at release."""
     model = model_of("mlp")
