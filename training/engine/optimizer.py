@@ -23,14 +23,6 @@ from training.engine.run import DPSGDRun
 # The released sum lies on multiples of a public power of two, about σC·2^-18: the low bits of floating-point noise,
 # by which sums can be told apart (Mironov 2012), are not released.
 GRID_BITS = 18
-# Products of activations and output gradients are sums over a micro-batch's r units and T times. In fp32 such a sum is
-# off by about √(rT)·2^-24·r·C, in the model of independent rounding errors, and anew wherever one unit more comes
-# first: together √(BT)·r·2^-24·C for B units. Batches expected to be larger than this take their products in fp64.
-LARGE = 2**12
-# The collective carries fp32 while expected_batch_size × ranks is at most this, and fp64 above. Taking un-noised sums
-# to fp32 and adding W of them up rounds W times, each by at most 2^-24 of a sum of at most n·max_grad_norm. Where n,
-# what joined, is up to twice what was expected, that is 2·W·2^-24·2·B ≤ 2^-12 of max_grad_norm for two neighbours.
-FP32_SUMS = 1024
 
 
 def is_distributed() -> bool:
@@ -48,19 +40,35 @@ def ranks() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
+def most_units(run: DPSGDRun) -> float:
+    """As many as will ever join a batch: more do with a probability below e^-80 (Chernoff)."""
+    return run.expected_batch_size + 12 * math.sqrt(run.expected_batch_size) + 60
+
+
+def carrier_of(run: DPSGDRun, ranks: int, size: int) -> torch.dtype:
+    """In which precision the sums of `ranks` ranks, each of `size` numbers, are added up: fp32 where that keeps one
+    unit's part within 2^-12 + 2^-13 of C, else fp64.
+
+    W roundings of un-noised sums, of at most n·C for n units, lose at most 2^-24 of them each, and between two
+    neighbours twice that. And what is added to rank 0's sum afterwards can show in units of the noise's last place
+    only: 2^-23·σC·√size in length, W − 1 times.
+    """
+    sums = 2 * ranks * 2.0**-24 * most_units(run)
+    noise = (ranks - 1) * 2.0**-23 * run.noise_multiplier * math.sqrt(size)
+    return torch.float32 if sums <= 2.0**-12 and noise <= 2.0**-13 else torch.float64
+
+
 def grid_of(run: DPSGDRun, rounded: bool) -> float:
     """The public power of two on whose multiples the released sum lies.
 
     Args:
         rounded: whether the ranks' sums were rounded to fp32 before they were added up. A large one then lies on a
             lattice coarser than σC·2^-18, and what another rank adds would show through it: the grid is as coarse as
-            the largest sum's, for as many units as will ever join (more do with a probability below e^-80, by
-            Chernoff) and noise of up to 9σC.
+            the largest sum's, for as many units as will ever join and noise of up to 9σC.
     """
     exponent = math.floor(math.log2(run.noise_std)) - GRID_BITS
     if rounded:
-        units = run.expected_batch_size + 12 * math.sqrt(run.expected_batch_size) + 60
-        largest = units * run.max_grad_norm + 9 * run.noise_std
+        largest = most_units(run) * run.max_grad_norm + 9 * run.noise_std
         exponent = max(exponent, math.floor(math.log2(largest)) - 23)
     return float(2.0**exponent)
 
@@ -110,8 +118,7 @@ class PrivateOptimizer(DPOptimizer):
         self._whole = True  # whether all that was begun was also finished
         self._keys = Keystream()
         self._group, self._ranks = process_group(), ranks()
-        # The collective carries fp32 numbers where few units are expected: see FP32_SUMS.
-        self._carrier = torch.float32 if run.expected_batch_size * self._ranks <= FP32_SUMS else torch.float64
+        self._carrier = carrier_of(run, self._ranks, self._size)
         self._grid = grid_of(run, self._ranks > 1 and self._carrier == torch.float32)
 
     @property
@@ -158,9 +165,9 @@ class PrivateOptimizer(DPOptimizer):
                 )
             holes = bool((factors == 0).any())
             self._whole = False
-            exact, start = self._run.expected_batch_size > LARGE, 0
+            spread, start = self._run.expected_batch_size * math.sqrt(self._run.physical_batch_size), 0
             for p, part in zip(self.params, parts, strict=True):
-                part.add_to(self._sum[start : start + p.numel()], factors, holes, exact)
+                part.add_to(self._sum[start : start + p.numel()], factors, holes, spread)
                 start += p.numel()
             self._whole = True
 
@@ -213,7 +220,13 @@ class PrivateOptimizer(DPOptimizer):
 
     def rehearse_step(self) -> None:
         """Take a step of whatever was accumulated, and undo it: there was memory for noise, collective and optimizer.
-        For the rehearsal on synthetic inputs only."""
+        For the rehearsal on synthetic inputs only.
+
+        Raises:
+            PurserError: steps were taken before, whose momentum it would forget.
+        """
+        if self.original_optimizer.state:
+            raise PurserError("rehearsal: it comes before the first step, and before a checkpoint is loaded.")
         before = [p.detach().clone() for p in self.params]
         self.step()
         with torch.no_grad():

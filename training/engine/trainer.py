@@ -220,10 +220,11 @@ class PrivateTrainer:
             UsageError: it is of a run with other numbers, which its optimizer would go on with.
             PurserError: it has other frozen tensors or buffers.
         """
+        began = state.get("planned", {})
         for field, value in self._planned.items():
-            if state["planned"].get(field) != value:
+            if began.get(field) != value:
                 raise UsageError(
-                    f"{field}: {value} was given, the checkpoint is of a run with {state['planned'].get(field)}; a run "
+                    f"{field}: {value} was given, the checkpoint is of a run with {began.get(field, 'none')}; a run "
                     "goes on with the numbers that it began with, start a new one for others."
                 )
         self.model.load_state_dict(state["model"])

@@ -301,9 +301,9 @@ def train_as_rank(rank: int, folder: str) -> None:
         cut = shard.offsets[4]
         rows, offsets = (slice(cut), shard.offsets[:5]) if rank == 0 else (slice(cut, None), shard.offsets[4:] - cut)
         mine = Shard(shard.features[rows], shard.labels[rows], offsets, shard.mask[rows])
-        run = plan(max_grad_norm=clip, physical_batch_size=8, expected_batch_size=600)
+        run = plan(max_grad_norm=clip, physical_batch_size=8, expected_batch_size=2000)
         with noise_off():
-            got = dpsgd_reference.trained(make(), mine, run, learning_rate=RATE * 600 / 5)
+            got = dpsgd_reference.trained(make(), mine, run, learning_rate=RATE * 2000 / 5)
         torch.save(got, Path(folder) / f"{name}{rank}")
     dist.destroy_process_group()
 

@@ -12,7 +12,7 @@ from dpsgd_reference import plan
 from torch import nn
 
 from training.config import Model, Optimizer
-from training.engine import optimizer
+from training.engine import contributions, optimizer
 from training.engine.bookkeeping import BookKeepingHooks
 from training.engine.contributions import PerUnit, Products, Units
 from training.engine.run import SIGMA_MARGIN
@@ -81,7 +81,7 @@ def test_one_more_unit_moves_a_large_micro_batch_by_no_more_than_the_margin_cove
     assert abs((sums[1] - sums[0]) / 1.1 - 1) < SIGMA_MARGIN - 1
 
 
-def periodic(units, rows=64):
+def periodic(units, rows):
     """Gradients of which every `rows` repeat, so that one unit in front makes all micro-batches round alike: the period
     whose fp32 sum depends most on where it begins."""
     random, ones = np.random.default_rng(0), torch.ones(rows)
@@ -93,28 +93,32 @@ def periodic(units, rows=64):
     return max(periods, key=shift).repeat(units // rows, 1)
 
 
-def moved_by_one_in_front(units):
+def moved_by_one_in_front(units, rows):
     """How far the sum is from moving by exactly what one more unit in front of all others contributes."""
-    gradients, sums = periodic(units), []
+    gradients, sums = periodic(units, rows), []
     for shard in (gradients, torch.cat([gradients[-1:], gradients])):
-        trainer = trainer_of(1, expected_batch_size=units)
+        trainer = trainer_of(1, expected_batch_size=units, physical_batch_size=rows)
         (parameter,) = trainer.model.parameters()
-        for part in shard.split(64):
+        for part in shard.split(rows):
             units_of_it, ones = Units(torch.arange(len(part)), len(part)), torch.ones(len(part), 1, 1)
             trainer._optimizer.accumulate({parameter: Products(part[:, None], ones, units_of_it)})
         sums.append(trainer.contribution().item())
     return abs(sums[1] - sums[0] - gradients[-1].item())
 
 
-@pytest.mark.parametrize("units", [2**12, 2**17])
-def test_records_that_repeat_do_not_round_alike(units):
-    assert moved_by_one_in_front(units) < SIGMA_MARGIN - 1
+@pytest.mark.parametrize(("units", "rows"), [(2**11, 64), (2**10, 256), (2**9, 512), (2**12, 256), (2**17, 64)])
+def test_records_that_repeat_do_not_round_alike(units, rows):
+    """The first three are the largest whose products are taken in fp32; they may use up half of the margin."""
+    in_fp32 = units * rows**0.5 <= contributions.SPREAD
+    assert in_fp32 == (units < 2**12)
+    moved = moved_by_one_in_front(units, rows)
+    assert moved < (SIGMA_MARGIN - 1) / 2 if in_fp32 else moved == 0
 
 
 def test_the_check_of_repeating_records_bites(monkeypatch):
     """With products in fp32, a batch that large is moved by more than the margin."""
-    monkeypatch.setattr(optimizer, "LARGE", 2**30)
-    assert moved_by_one_in_front(2**17) > SIGMA_MARGIN - 1
+    monkeypatch.setattr(contributions, "SPREAD", 2.0**30)
+    assert moved_by_one_in_front(2**17, 64) > SIGMA_MARGIN - 1
 
 
 # Persons of many records that cancel, and persons of one record, of a linear model as a job file makes it.

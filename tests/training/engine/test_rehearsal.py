@@ -286,6 +286,19 @@ def test_a_model_that_changes_in_the_forward_pass_is_caught():
         rehearse(PrivateTrainer(model, Optimizer(), plan()), INPUTS)
 
 
+def test_a_layer_that_makes_a_number_of_infinity_is_not_taken_for_a_leak():
+    model = nn.Sequential(nn.Tanh(), nn.Linear(WIDTH, CLASSES))
+    rehearse(PrivateTrainer(model, Optimizer(), plan()), INPUTS)
+
+
+def test_a_rehearsal_comes_before_the_first_step():
+    """It would make an end of what Adam and momentum keep."""
+    trainer = PrivateTrainer(model_of("mlp"), Optimizer(name="adam"), plan())
+    trainer.steps(shard_of(), 1)
+    with pytest.raises(PurserError, match="before the first step"):
+        rehearse(trainer, INPUTS)
+
+
 def test_a_parameter_without_a_gradient_is_caught():
     model = nn.Sequential(nn.Linear(WIDTH, 8), nn.Linear(8, CLASSES))
     model.forward = lambda x: model[0](x)[:, :CLASSES]

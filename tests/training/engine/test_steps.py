@@ -29,7 +29,7 @@ from torch import nn
 
 from cluster.errors import PurserError
 from training.config import Optimizer
-from training.engine.optimizer import FP32_SUMS
+from training.engine.optimizer import carrier_of
 from training.engine.sampling import rows_of
 from training.engine.trainer import PrivateTrainer, rate_at
 
@@ -93,7 +93,7 @@ def test_rows_are_made_of_public_numbers():
     assert rows_of(plan(expected_batch_size=1, physical_batch_size=256, max_records_per_unit=3), 64) >= 3
 
 
-@pytest.mark.parametrize(("ranks", "dtype"), [(1, torch.float32), (2, torch.float32), (3, torch.float64)])
+@pytest.mark.parametrize(("ranks", "dtype"), [(1, torch.float32), (2, torch.float32), (4, torch.float64)])
 def test_the_collective_is_fp32_only_where_the_margin_covers_it(monkeypatch, ranks, dtype):
     sent = []
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
@@ -102,22 +102,31 @@ def test_the_collective_is_fp32_only_where_the_margin_covers_it(monkeypatch, ran
     monkeypatch.setattr(dist, "broadcast", lambda *_, **__: None)
     monkeypatch.setattr("training.engine.trainer.check_same_on_all_ranks", lambda *_: None)
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: sent.append(tensor))
-    run = plan(expected_batch_size=FP32_SUMS // 2, sample_rate=1e-3)
+    run = plan(expected_batch_size=512, sample_rate=1e-3)
     trainer = PrivateTrainer(nn.Sequential(nn.Linear(5, 3)), Optimizer(), run)
     trainer.steps(part_of(shard_of(), np.arange(0)), 1)
     assert [(t.dtype, t.numel()) for t in sent] == [(dtype, 18)]
 
 
 def test_rounding_to_fp32_stays_within_the_margin():
-    """The worst that the bound allows for: every unit points the same way, twice as many as expected join."""
+    """The worst that the bound allows for: every unit points the same way, and as many join as ever will."""
     torch.manual_seed(0)
     direction = torch.randn(1000, dtype=torch.float64)
     direction /= direction.norm()
     moved = [
-        ((n + 1) * direction).float().double() - (n * direction).float().double()
-        for n in range(2 * FP32_SUMS - 20, 2 * FP32_SUMS)
+        ((n + 1) * direction).float().double() - (n * direction).float().double() for n in range(2**11 - 20, 2**11)
     ]
     assert max(m.norm().item() for m in moved) <= 1 + 2.0**-10
+
+
+def test_in_what_precision_sums_are_added_up():
+    """By the numbers of ranks, units and parameters, and the noise: all of them public."""
+    small = plan(expected_batch_size=64, noise_multiplier=1.0)
+    assert carrier_of(small, 2, 10**6) == torch.float32
+    assert carrier_of(small, 2, 10**7) == torch.float64  # the noise's last places alone, in so many dimensions
+    assert carrier_of(small, 16, 1000) == torch.float64
+    assert carrier_of(plan(expected_batch_size=64, noise_multiplier=4.0), 2, 10**6) == torch.float64
+    assert carrier_of(plan(expected_batch_size=1024, noise_multiplier=1.0), 2, 1000) == torch.float64
 
 
 def lost_rank(rank: int, folder: str) -> None:
