@@ -5,6 +5,7 @@ It starts in under half a second: whatever needs torch or Ray is imported by the
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -87,7 +88,9 @@ def _finish(screen: Screen, result: dict[str, Any]) -> None:
 @app.command()
 def plan(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """What a job would cost; touches no data and spends nothing."""
-    from tuning.display import plan_table
+    from rich.markup import escape
+
+    from tuning.display import plan_curve, plan_table, plan_verdict
     from tuning.plan import make
 
     screen = Screen(as_json)
@@ -95,9 +98,12 @@ def plan(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> No
     made = make(books, _job(job, overrides))
     screen.say(f"Ledger {books.ledger.place}")
     screen.say(plan_table(made))
+    screen.say(plan_curve(made))
+    screen.say()
+    screen.say(plan_verdict(made))
     if not made.exists:
         screen.say("There is no such account yet; these are the orders it would be given.")
-    screen.say(f"Next: purser tune {job}")
+    screen.say(escape(f"Next: purser tune {shlex.join([str(job), *(overrides or [])])}"))
     screen.result(made.as_json())
 
 
@@ -133,14 +139,28 @@ def train(
 
 
 @app.command()
-def tune(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def tune(
+    job: OptionalJob = None,
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(metavar="SWEEP", help="Go on with an interrupted sweep.")] = None,
+    as_json: Json = False,
+) -> None:
     """A private hyper-parameter sweep; every trial is admitted by the accountant or refused."""
     screen = Screen(as_json)
-    whole = _job(job, overrides)
-    whole.corners()  # a space that holds an impossible run is found before anything heavy is imported
+    if (job is None) == (resume is None):
+        raise UsageError("JOB: give a job file, or --resume SWEEP alone.")
+    if resume is not None:
+        from training.command import resumed
+        from tuning.config import SweepJob
+
+        whole = resumed(SweepJob, resume)
+    else:
+        assert job is not None
+        whole = _job(job, overrides)
+        whole.corners()  # a space that holds an impossible run is found before anything heavy is imported
     from tuning.command import tune as sweep
 
-    _finish(screen, sweep(whole, screen))
+    _finish(screen, sweep(whole, screen, resume))
 
 
 @budget.command()
