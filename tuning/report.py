@@ -1,0 +1,372 @@
+"""The report of a sweep: one HTML page that a browser shows without network and a printer prints.
+
+A pure function of public facts: candidates as declared, charges and heads as the ledger has them, noised metrics by
+name (any other is left out, whoever put it there: P13). It decides nothing, and every ε is the books' own (P14). The
+page holds no script and nothing from elsewhere.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.accounting.books import Account
+from cluster.accounting.costs import epsilon_text
+from cluster.errors import PurserError
+from training.release import EXCLUDED, LIBRARIES
+from tuning.page import STYLE, Markup, Point, chart, definitions, headed, items, table, tag
+
+if TYPE_CHECKING:
+    from tuning.trials import Trial
+
+REPORT = "report.html"  # in a sweep's folder
+_NONE = "–"
+_PLACED = (  # keys of a statement that have a place of their own on the page
+    *("schema", "run", "made_at", "protected", "guarantee", "released", "accounting", "training", "tuning"),
+    *("partitions", "excluded"),
+)
+
+
+def write_report(folder: Path, page: str) -> Path:
+    """Write `page` to the sweep's `folder`, whole or not at all; returns its path."""
+    (folder / f".{REPORT}").write_text(page, encoding="utf-8")
+    os.replace(folder / f".{REPORT}", folder / REPORT)
+    return folder / REPORT
+
+
+def sweep_report(
+    name: str,
+    before: Sequence[Account],
+    after: Sequence[Account],
+    trials: Sequence[Trial],
+    best: Trial | None,
+    statement: Mapping[str, Any] | None = None,
+    why: str = "",
+) -> str:
+    """The page of the sweep called `name`.
+
+    Args:
+        before: the job's accounts, train first, as they stood when the command began. A resumed sweep had spent already
+            then, which is told apart by the ledger's entry numbers.
+        after: the same accounts as they stand now, read after the trials' charges were.
+        trials: every candidate, with `charges` where the ledger knows its lease.
+        best: the one that was released, or None.
+        statement: what `training.release.statement` said of it, or None.
+        why: a sentence on why trials did not run, or empty.
+
+    Raises:
+        PurserError: the accounts and the trials' charges contradict each other, so that a page would be wrong.
+    """
+    splits = [_split(old, new, trials) for old, new in zip(before, after, strict=True)]
+    train = after[0]
+    body = (
+        tag("h1", "Privacy report of sweep ", name),
+        *_summary(train, trials, best, splits, why),
+        tag("p", _promise(train), class_="promise"),
+        headed("Budget", *(_account(*one) for one in zip(before, after, splits, strict=True))),
+        headed("Utility against cost", _figure(trials, best, train)),
+        headed("Trials", _trials(after, trials, best), _shared(trials)),
+        headed("Privacy statement of the released model", *_statement(statement)),
+        headed("The ledger’s heads", *_heads(before, after)),
+        headed("Not covered", items(f"{line}." for line in (statement or {}).get("excluded", EXCLUDED))),
+        headed("Libraries", tag("p", _words(_libraries(statement)), ".")),
+    )
+    # Even if something did slip through unescaped, a browser would neither run nor fetch it.
+    policy = tag("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'")
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        policy,
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", f"Privacy report of sweep {name}"),
+        tag("style", Markup(STYLE)),
+    )
+    return "<!DOCTYPE html>\n" + tag("html", head, tag("body", tag("main", *body)), lang="en") + "\n"
+
+
+def _words(value: object) -> str:
+    """A value of a job or a statement, in words."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{str(key).replace('_', ' ')} {_words(one)}" for key, one in value.items())
+    if isinstance(value, (list, tuple)):
+        return "; ".join(map(_words, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _exact(number: float) -> str:
+    """A granted ε or δ, to the last digit: rounding could understate it."""
+    return repr(number).removesuffix(".0")
+
+
+def _share(cost: int, budget: int) -> str:
+    return "<0.1%" if 0 < cost / budget < 0.0005 else f"{cost / budget:.1%}"
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Where one account's budget is, in units of cost. `resumed`: the part of `mine` from before the command began."""
+
+    before: int
+    mine: int
+    others: int
+    held: int
+    left: int
+    resumed: int
+
+
+def _split(before: Account, after: Account, trials: Sequence[Trial]) -> _Split:
+    entries = [e for trial in trials if trial.charges for e in trial.charges.entries.get(after.account, ())]
+    mine = sum(entry["cost"] for entry in entries)
+    resumed = sum(entry["cost"] for entry in entries if entry["seq"] <= before.head["seq"])
+    elsewhere = before.spent_cost - resumed
+    others = after.spent_cost - elsewhere - mine
+    if before.account != after.account or min(elsewhere, others, after.remaining_cost) < 0:
+        raise PurserError(
+            f"report: {after.account} and the charges of this sweep contradict each other, so no report was written; "
+            f"run purser budget verify {after.account}."
+        )
+    return _Split(elsewhere, mine, others, after.reserved_cost, after.remaining_cost, resumed)
+
+
+def _unit(account: Account) -> str:
+    return "record (row)" if account.dataset.unit == "row" else account.dataset.unit
+
+
+def _noised(metrics: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The accuracy and its error, or None where a number is missing. By name: no other metric is shown."""
+    found = [metrics.get(name) for name in ("accuracy", "accuracy_error")]
+    numbers = [float(one) for one in found if isinstance(one, (int, float)) and math.isfinite(one)]
+    return (numbers[0], max(0.0, numbers[1])) if len(numbers) == 2 else None
+
+
+def _accuracy(metrics: Mapping[str, Any]) -> str:
+    noised = _noised(metrics)
+    return f"{noised[0]:.3f} ± {noised[1]:.3f}" if noised else _NONE
+
+
+def _summary(
+    train: Account, trials: Sequence[Trial], best: Trial | None, splits: Sequence[_Split], why: str
+) -> list[Markup]:
+    counts = Counter(trial.outcome.status for trial in trials)
+    ended = ", ".join(f"{count} {status}" for status, count in counts.items()) or "none"
+    lines = [f"{len(trials)} trial{'s' * (len(trials) != 1)} on dataset {train.dataset.name}: {ended}. "]
+    lines[0] += f"This sweep spent {_share(splits[0].mine, train.budget_cost)} of the budget of {train.account}."
+    if best is not None:
+        lines.append(f"Best: trial {best.number}, accuracy {_accuracy(best.outcome.metrics)} (95 % of the noise).")
+    else:
+        lines.append("No trial has a model to release.")
+    return [tag("p", line) for line in (*lines, why) if line]
+
+
+def _promise(train: Account) -> str:
+    epsilon, delta, unit = _exact(train.epsilon), _exact(train.delta), _unit(train)
+    factor = f"{math.floor(math.exp(train.epsilon) * 100 + 1) / 100:,.2f} (e^ε)" if train.epsilon < 10 else "e^ε"
+    return (
+        f"What is guaranteed: everything ever released from dataset {train.dataset.name} through this ledger, every "
+        f"trial, accuracy and model and this page, is ({epsilon}, {delta})-differentially private for each {unit}. In "
+        f"plain words: whether one {unit} was in the data or not changes the probability of any conclusion from all of "
+        f"it by a factor of at most {factor}, plus at most {delta}. Work that this budget could not pay for "
+        "was refused, not run. What the guarantee leaves out stands under “Not covered”."
+    )
+
+
+def _account(before: Account, after: Account, split: _Split) -> Markup:
+    budget = after.budget_cost
+    parts = [
+        ("before", "other work, before", split.before),
+        ("mine", "this sweep", split.mine),
+        ("others", "other work, meanwhile", split.others),
+        ("held", "reserved", split.held),
+        ("left", "left", split.left),
+    ]
+    shown = [part for part in parts if part[2] or part[0] in ("mine", "left")]
+    said = [f"{label} {_share(cost, budget)}" for _, label, cost in shown]
+    bar, at = [], 0
+    for kind, _, cost in shown:
+        place = {"x": f"{1000 * at / budget:.3f}", "width": f"{1000 * cost / budget:.3f}"}
+        bar.append(tag("rect", class_=kind, **place, y=0, height=10))
+        at += cost
+    swatch = [tag("svg", tag("rect", class_=kind, width=8, height=8), viewBox="0 0 8 8") for kind, _, _ in shown]
+    legend = (tag("span", mark, text) for mark, text in zip(swatch, said, strict=True))
+    rows = [
+        [word, *(_share(getattr(account, field), budget) for account in (before, after))]
+        for word, field in (("spent", "spent_cost"), ("reserved", "reserved_cost"), ("left", "remaining_cost"))
+    ]
+    so_far = [epsilon_text(account.epsilon_of(account.spent_cost)) for account in (before, after)]
+    alone = (
+        f"This sweep’s cost is {split.mine:,} of {budget:,} (in 1e-12 RDP at order {after.order}); indicative ε of it "
+        f"alone {epsilon_text(after.epsilon_of(split.mine))}. Indicative figures do not add up: the budget bounds all."
+    )
+    if split.resumed:
+        alone += f" The sweep was resumed; {_share(split.resumed, budget)} of the budget it had spent before that."
+    return tag(
+        "section",
+        tag("h3", after.account),
+        tag("p", f"Budget: ε = {_exact(after.epsilon)}, δ = {_exact(after.delta)}, order {after.order}", class_="soft"),
+        tag(
+            "svg",
+            *bar,
+            class_="bar",
+            viewBox="0 0 1000 10",
+            preserveAspectRatio="none",
+            role="img",
+            aria_label="; ".join(said),
+        ),
+        items(legend, class_="legend"),
+        table(["of the budget", "before", "after"], [*rows, ["indicative ε so far", *so_far]], kind="small"),
+        tag("small", alone),
+        class_="account",
+    )
+
+
+def _figure(trials: Sequence[Trial], best: Trial | None, train: Account) -> Markup:
+    points = [
+        Point(trial.number, trial.charges.cost, trial.charges.cost / train.budget_cost, *noised, trial is best)
+        for trial in trials
+        if (noised := _noised(trial.outcome.metrics)) and trial.charges
+    ]
+    if not points:
+        return tag("p", "No trial released an accuracy, so there is nothing to draw.")
+    said = (
+        "Each point is a trial under its number in the table; trials of equal cost stand side by side. Bars: 95 % of "
+        "the noise that was added to the counts, not the chance of which records were judged. The best of several "
+        "noised numbers tends to look a little better than it is."
+    )
+    if missing := len(trials) - len(points):
+        said += f" Not drawn, as no accuracy was released: {missing} trial{'s' * (missing != 1)}."
+    drawn = chart(points, f"cost, as a share of the budget of {train.account}", "accuracy, noised")
+    return tag("figure", drawn, tag("figcaption", said))
+
+
+def _trials(accounts: Sequence[Account], trials: Sequence[Trial], best: Trial | None) -> Markup:
+    names = list(dict.fromkeys(name for trial in trials for name in trial.values))
+    lasts = [name.rpartition(".")[2] for name in names]
+    searched = [
+        last.replace("_", " ") if lasts.count(last) == 1 else name for name, last in zip(names, lasts, strict=True)
+    ]
+    costs = [f"cost, {account.account.rpartition('/')[2]}" for account in accounts]
+    rows = []
+    for trial in trials:
+        entries = trial.charges.entries if trial.charges else {}
+        spent = [sum(entry["cost"] for entry in entries.get(account.account, ())) for account in accounts]
+        status, why = trial.outcome.status, trial.outcome.why
+        colour = {"class_": status} if status in ("completed", "stopped", "refused", "failed") else {}
+        rows.append(
+            [
+                tag("span", f"{trial.number} ★ best", class_="whole") if trial is best else trial.number,
+                *(_value(trial.values.get(name, _NONE)) for name in names),
+                Markup(tag("span", status, **colour) + (tag("small", why) if why else "")),
+                f"{trial.charges.steps if trial.charges else 0} of {trial.job.training.steps}",
+                *(_share(cost, account.budget_cost) for cost, account in zip(spent, accounts, strict=True)),
+                tag("span", _accuracy(trial.outcome.metrics), class_="whole"),
+            ]
+        )
+    marked = next((row for row, trial in enumerate(trials) if trial is best), None)
+    return table(["trial", *searched, "status", "steps charged", *costs, "accuracy"], rows, marked)
+
+
+def _value(value: object) -> object:
+    """A searched value; where it is rounded, the whole of it shows on pointing at it."""
+    said = _words(value)
+    return tag("span", said, title=value) if isinstance(value, float) and float(said) != value else said
+
+
+def _shared(trials: Sequence[Trial]) -> Markup:
+    """What was not searched, from the declared sections that describe a run."""
+    if not trials:
+        return Markup()
+    declared = trials[0].job.model_dump(mode="json", include={"model", "training", "evaluation"}, exclude_none=True)
+    flat = dict(_flat("", declared))
+    same = (f"{name} {_words(value)}" for name, value in flat.items() if name not in trials[0].values)
+    return tag("p", tag("small", "The same in every trial: ", "; ".join(same), "."))
+
+
+def _flat(prefix: str, section: Mapping[str, Any]) -> Iterable[tuple[str, object]]:
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _flat(f"{prefix}{name}.", value)
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _statement(said: Mapping[str, Any] | None) -> list[Markup]:
+    """The statement's facts in its own words; what it may get in future is shown under its key."""
+    if said is None:
+        return [tag("p", "Nothing was released by this sweep, so there is no statement.")]
+    protected, guarantee, released, accounting = (
+        said[key] for key in ("protected", "guarantee", "released", "accounting")
+    )
+    unit = "record (row)" if protected["unit"] == "row" else protected["unit"]
+    opening = (
+        f"Each {unit} of the dataset {protected['dataset']} is protected by ({_exact(guarantee['epsilon'])}, "
+        f"{_exact(guarantee['delta'])})-differential privacy for {guarantee['scope']}."
+    )
+    facts: list[tuple[str, object]] = [
+        ("run", said["run"]),
+        ("made at", said["made_at"]),
+        ("neighbouring datasets", f"differ by {protected['adjacency']}"),
+        ("records of a unit", f"at most {protected['max_records_per_unit']} are used"),
+        ("units declared", protected["declared_units"]),
+        ("released", f"the {released['target']} in {released['file']}"),
+        ("noised accuracy", f"{_accuracy(released['metrics'])} (95 % of the noise), on the validation partition"),
+        ("tuning", said["tuning"]),
+        *((f"accounting: {key}", _words(value)) for key, value in accounting.items() if key != "libraries"),
+        *((key.replace("_", " "), _words(value)) for key, value in said["training"].items()),
+        *((key.replace("_", " "), _words(value)) for key, value in said.items() if key not in _PLACED),
+    ]
+    parts = [
+        [
+            part["account"],
+            _exact(part["epsilon"]),
+            _exact(part["delta"]),
+            part["order"],
+            epsilon_text(part["epsilon_of_run"]),
+            _share(part["spent_cost"], part["budget_cost"]),
+            tag("code", f"{part['head']['seq']}:{part['head']['hash']}"),
+        ]
+        for part in said["partitions"]
+    ]
+    charges = [
+        [part["account"], charge["seq"], charge["steps"], f"{charge['cost']:,}", tag("code", charge["hash"][:16], "…")]
+        for part in said["partitions"]
+        for charge in part["charges"]
+    ]
+    return [
+        tag("p", opening),
+        definitions(facts),
+        table(["account", "budget ε", "δ", "order", "ε of this run", "spent of the budget", "ledger head"], parts),
+        tag(
+            "p",
+            "A unit is in one partition only, so the guarantee of the two accounts together is that of one. The ε of "
+            "this run alone may not be added to that of others: the budget is what bounds them all.",
+        ),
+        tag("h3", "Charges of this run"),
+        table(["account", "entry", "steps", "cost (1e-12 RDP)", "hash"], charges),
+    ]
+
+
+def _heads(before: Sequence[Account], after: Sequence[Account]) -> list[Markup]:
+    rows = [
+        [new.account, *(tag("code", f"{one.head['seq']}:{one.head['hash']}") for one in (old, new))]
+        for old, new in zip(before, after, strict=True)
+    ]
+    checks = (
+        tag("code", f"purser budget verify {shlex.quote(one.account)} --head {one.head['seq']}:{one.head['hash']}")
+        for one in after
+    )
+    kept = "Keep this page apart from the ledger: a head finds any later change of the entries before it."
+    return [table(["account", "before", "after"], rows), tag("p", kept), items(checks)]
+
+
+def _libraries(said: Mapping[str, Any] | None) -> Mapping[str, str]:
+    if said is not None:
+        found: Mapping[str, str] = said["accounting"]["libraries"]
+        return found
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
