@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -166,15 +167,80 @@ def test_the_release_is_whole_and_its_statement_true(voyage):
     assert abs(accuracy - said["released"]["metrics"]["accuracy"]) < 0.08  # six standard deviations of its noise
 
 
+KILLS = 20 if os.environ.get("PURSER_SOAK") else 2
+
+
+def started(purser, *arguments):
+    """The real command in a process of its own, and its lines as they come."""
+    process = subprocess.Popen(
+        [str(Path(sys.executable).parent / "purser"), *map(str, arguments)],
+        cwd=purser.folder,
+        env=purser.environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    return process, iter(process.stdout.readline, "")
+
+
+def test_a_sweep_that_is_killed_at_any_moment_goes_on(purser):
+    """kill -9 of its driver, more than once: what is over is neither run nor charged again, the rest goes on under a
+    new attempt, with the candidates that were drawn at the start, and the numbers are the ledger's."""
+    space = "tuning.space={training.noise_multiplier: {uniform: [60, 90]}}"
+    cheap = (
+        "training.steps=40",
+        "training.block=10",
+        "training.workers=1",
+        "tuning.trials=3",
+        "tuning.search=random",
+        space,
+    )
+    process, told = started(purser, "tune", DIGITS, *cheap)
+    sweep = next(line for line in told if line.startswith("Sweep ")).split()[1].rstrip(":")
+    folder = purser.home / "runs" / sweep
+    candidates = (folder / "candidates.json").read_bytes()
+    for kill in range(KILLS):
+        if kill == 0:  # once in the middle of a run
+            next(line for line in told if " of 40 steps" in line)
+        else:
+            time.sleep(random.uniform(0, 40))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        if kill + 1 < KILLS:
+            process, told = started(purser, "tune", "--resume", sweep)
+    over = {path.parent.name for path in folder.glob("trials/*/outcome.json")}
+    burnt = {entry["key"] for entry in purser("budget", "history", "digits/train", "--json").json["entries"]}
+
+    ended = purser("tune", "--resume", sweep, "--json")
+    assert ended.code == 0, ended.err
+    assert ended.json["sweep"] == sweep
+    assert (folder / "candidates.json").read_bytes() == candidates
+    assert [trial["config"] for trial in ended.json["trials"]] == json.loads(candidates)
+    assert [trial["status"] for trial in ended.json["trials"]] == ["completed"] * 3
+    shown, entries = budget_holds(purser, "digits/train")
+    assert shown["reserved_cost"] == 0
+    assert burnt <= {entry["key"] for entry in entries}, "nothing was taken back"
+    for trial in ended.json["trials"]:
+        mine = [entry for entry in entries if entry["key"].split(":")[1] == trial["id"]]
+        paid = [entry for entry in mine if entry["kind"] == "authorise"]
+        assert trial["authorised_steps"] == sum(entry["steps"] for entry in paid) >= 40
+        assert trial["cost"] == sum(entry["cost"] for entry in paid)
+        assert [entry["kind"] for entry in mine].count("settle") == 1
+        if trial["id"].rpartition("-")[2] in over:
+            assert {entry["key"] for entry in paid} <= burnt, "it was over, and ran again"
+    again = purser("tune", "--resume", sweep, "--json")
+    assert again.json["trials"] == ended.json["trials"]
+    assert purser("budget", "show", "digits/train", "--json").json["head"] == shown["head"]
+    refused = purser("train", "--resume", sweep)
+    assert refused.code == 2
+    assert "purser tune --resume" in refused.err
+
+
 def test_a_killed_run_is_resumed_and_charged_for_what_it_burnt(purser):
     """kill -9 of the driver: what was authorised stays spent, the reservation is found dead, the run goes on."""
     job = (DIGITS, "training.steps=2000", "training.block=100", "training.noise_multiplier=60", "training.workers=1")
-    command = [str(Path(sys.executable).parent / "purser"), "train", *map(str, job)]
-    process = subprocess.Popen(
-        command, cwd=purser.folder, env=purser.environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert process.stdout is not None
-    told = iter(process.stdout.readline, "")
+    process, told = started(purser, "train", *job)
     run = next(line for line in told if line.startswith("Run ")).split()[1].rstrip(":")
     next(line for line in told if "steps authorised" in line)
     os.kill(process.pid, signal.SIGKILL)

@@ -41,6 +41,12 @@ def run(
     name = resume or environment.new_name(job.account)
     folder = environment.run_folder(name, new=resume is None)
     alive = environment.Alive(name)
+    leases = Leases(books, Presence(ledger).is_alive)
+    if resume is not None and not leases.known(resume):
+        raise UsageError(
+            f"RUN: {resume} never held a lease, so there is nothing to go on with; start a new run (a sweep goes on "
+            "with purser tune --resume)."
+        )
     (folder / "job.json").write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
     greet(screen, ledger.place, accounts, made)
     planned = job.training.steps
@@ -55,7 +61,6 @@ def run(
         "release": None,
         "why": "",
     }
-    leases = Leases(books, Presence(ledger).is_alive)
     if resume is not None and leases.settled(resume):
         raise UsageError(f"RUN: {resume} is complete and settled; start a new run.")
     if resume is None:

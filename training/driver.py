@@ -5,13 +5,15 @@ No per-step work happens here, and no record comes here.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.accounting.actor import AccountantClient
-from cluster.accounting.books import Account
+from cluster.accounting.books import Account, Books
 from cluster.accounting.leases import explain
 from cluster.environment import code_hash
 from cluster.errors import PurserError, without_content
@@ -19,6 +21,7 @@ from cluster.session import CPUS_PER_WORKER
 from training.config import Job
 
 COMPLETED, STOPPED, REFUSED, FAILED = "completed", "stopped", "refused", "failed"
+OUTCOME = "outcome.json"  # in a run's folder
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,20 @@ class Outcome:
     status: str
     metrics: dict[str, Any] = field(default_factory=dict)
     why: str = ""
+
+    def keep(self, folder: Path) -> Outcome:
+        """Write it to the run's folder, whole or not at all; returns itself."""
+        (folder / f".{OUTCOME}").write_text(json.dumps(asdict(self)), encoding="utf-8")
+        os.replace(folder / f".{OUTCOME}", folder / OUTCOME)
+        return self
+
+    @staticmethod
+    def kept(folder: Path) -> Outcome | None:
+        """How the run in `folder` ended, or None where it did not."""
+        try:
+            return Outcome(**json.loads((folder / OUTCOME).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
 
 
 def train(
@@ -46,10 +63,11 @@ def train(
     answer = client.reserve(lease, by, job.charges())
     if not answer.fits:
         accounts = [client.show(account) for account in job.accounts]
-        return Outcome(REFUSED, why=explain(answer.shortages, accounts))
+        return Outcome(REFUSED, why=explain(answer.shortages, accounts)).keep(folder)
     outcome = Outcome(FAILED, why="it was interrupted; what was authorised is spent")
     try:
         outcome = _fit(ledger, job, lease, folder, callbacks)
+        outcome.keep(folder)  # before the lease is settled: what is settled must be known to whoever goes on
     finally:
         client.close(lease, "settle" if outcome.status == COMPLETED else "release", outcome.status)
     return outcome
@@ -128,7 +146,7 @@ class Charged:
         return self.accounts[0].epsilon_of(self.cost)
 
 
-def charged(client: AccountantClient, job: Job, lease: str) -> Charged:
+def charged(client: AccountantClient | Books, job: Job, lease: str) -> Charged:
     """Read from the ledger what `lease` was charged."""
     accounts = [client.show(account) for account in job.accounts]
     return Charged(accounts, {a.account: client.charged(lease, a.account) for a in accounts})

@@ -8,7 +8,7 @@ secret key, and none of the engine's keys are used for them.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ray.tune.search import Searcher
@@ -31,12 +31,15 @@ class BudgetedSearch(Searcher):
     """Hands out candidates that fit, waits while others' reservations may be released, and passes over the rest.
 
     Args:
+        candidates: (number, values) of each, in the order in which they are to be tried.
         ask: (number, values) → go, wait or refuse. A refusal has been recorded when it returns.
     """
 
-    def __init__(self, job: SweepJob, ask: Callable[[int, dict[str, Any]], str]) -> None:
+    def __init__(
+        self, candidates: Iterable[tuple[int, dict[str, Any]]], ask: Callable[[int, dict[str, Any]], str]
+    ) -> None:
         super().__init__()
-        self._waiting = list(enumerate(proposals(job), start=1))
+        self._waiting = list(candidates)
         self._ask = ask
 
     def __getstate__(self) -> dict[str, Any]:

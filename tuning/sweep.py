@@ -6,7 +6,7 @@ anything else. The trial's small driver asks for no CPU, so that two cores suffi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from cluster.accounting.leases import explain
 from cluster.errors import PurserError, without_content
 from cluster.session import CPUS_PER_WORKER, cpus
 from training.config import parse
-from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Outcome, charged, train
+from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Outcome, train
 from tuning.config import SweepJob
 from tuning.search import GO, REFUSE, WAIT, BudgetedSearch
 from tuning.trials import Trial, lease_of, said, trial_folder
@@ -54,24 +54,36 @@ class Sweep(tune.Callback):
     """One sweep under way.
 
     Args:
+        trials: its candidates, those that are over included; how each ends is written there.
+        begun: the numbers of those whose lease is in the ledger already, from before an interruption.
         tell: shows a line to the person who waits.
     """
 
     def __init__(
-        self, client: AccountantClient, ledger: str, job: SweepJob, name: str, folder: Path, tell: Callable[[str], None]
+        self,
+        client: AccountantClient,
+        ledger: str,
+        job: SweepJob,
+        name: str,
+        folder: Path,
+        trials: Sequence[Trial],
+        begun: Collection[int],
+        tell: Callable[[str], None],
     ) -> None:
         self._client, self._ledger, self._job, self._name, self._folder = client, ledger, job, name, folder
-        self._tell = tell
-        self.trials: dict[int, Trial] = {}
+        self._begun, self._tell = begun, tell
+        self.trials = {trial.number: trial for trial in trials}
         self._live: set[int] = set()
+        self._asked = set(begun)  # whose leases may hold a reservation
 
     def __getstate__(self) -> dict[str, Any]:
         """What Tune saves beside its experiment: nothing, a sweep's state is its ledger."""
         return {}
 
-    def run(self) -> list[Trial]:
-        """Run every candidate that the budget can pay for; returns all of them in order, refused ones too."""
+    def run(self) -> None:
+        """Run every candidate that is not over and that the budget can pay for."""
         job = self._job
+        todo = [(trial.number, trial.values) for trial in self.trials.values() if not trial.over]
         concurrent = max(1, int(cpus() / (job.training.workers * CPUS_PER_WORKER)))
         trainable = tune.with_parameters(
             run_trial,
@@ -83,37 +95,43 @@ class Sweep(tune.Callback):
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"CPU": 0, "memory": DRIVER_MEMORY}),
             tune_config=tune.TuneConfig(
-                search_alg=BudgetedSearch(job, self._ask), num_samples=-1, max_concurrent_trials=concurrent
+                search_alg=BudgetedSearch(todo, self._ask), num_samples=-1, max_concurrent_trials=concurrent
             ),
             run_config=tune.RunConfig(
-                name="tune", storage_path=str(self._folder / "storage"), callbacks=[self], verbose=0
+                name=self._storage(), storage_path=str(self._folder), callbacks=[self], verbose=0
             ),
         )
         try:
             tuner.fit()
         finally:
             for trial in self.trials.values():
-                if trial.outcome.status != REFUSED:
-                    self._client.close(trial.lease, "release", trial.outcome.status)
-                    trial.charges = charged(self._client, trial.job, trial.lease)
-        return [self.trials[number] for number in sorted(self.trials)]
+                status = trial.outcome.status
+                if status != REFUSED and trial.number in self._asked:
+                    self._client.close(trial.lease, "settle" if status == COMPLETED else "release", status)
+
+    def _storage(self) -> str:
+        """A folder for what Tune keeps of this start of the sweep; nothing is ever read from it."""
+        return f"tune-{1 + len(list(self._folder.glob('tune-*')))}"
 
     def _ask(self, number: int, values: dict[str, Any]) -> str:
         """The gate: reserve for trial `number`, wait for a reservation of ours to be released, or refuse it."""
-        job = self._job.candidate(values)
-        answer = self._client.fits(job.charges())
-        if not answer.fits and answer.may_fit_later and self._live:
-            return WAIT
-        trial = Trial(number, lease_of(self._name, number), values, job)
-        answer = self._client.reserve(trial.lease, self._name, job.charges())
-        self.trials[number] = trial
+        trial = self.trials[number]
+        charges = trial.job.charges()
+        if number not in self._begun:
+            answer = self._client.fits(charges)
+            if not answer.fits and answer.may_fit_later and self._live:
+                return WAIT
+        answer = self._client.reserve(trial.lease, self._name, charges)
         if not answer.fits:
-            accounts = [self._client.show(account) for account in job.accounts]
+            accounts = [self._client.show(account) for account in trial.job.accounts]
             trial.outcome = Outcome(REFUSED, why=explain(answer.shortages, accounts))
+            trial.outcome.keep(trial_folder(self._folder, number))
             self._tell(f"trial {number:2d}  {said(values)}  [yellow]refused[/]: {trial.outcome.why}")
             return REFUSE
         self._live.add(number)
-        self._tell(f"trial {number:2d}  {said(values)}  reserved, its workers are starting")
+        self._asked.add(number)
+        word = "goes on" if number in self._begun else "reserved"
+        self._tell(f"trial {number:2d}  {said(values)}  {word}, its workers are starting")
         return GO
 
     def on_trial_result(

@@ -1,13 +1,19 @@
-"""What a sweep knows of its trials: plain facts, no Ray, nothing that is not public or noised."""
+"""What a sweep knows of its trials, and keeps of them for a resume: plain facts, no Ray, nothing that is not public or
+noised."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import UsageError
 from training.config import Job
-from training.driver import COMPLETED, FAILED, STOPPED, Charged, Outcome
+from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Charged, Outcome
+
+CANDIDATES = "candidates.json"  # in a sweep's folder: drawn once, so that a resumed sweep has the same
 
 
 @dataclass
@@ -21,6 +27,11 @@ class Trial:
     outcome: Outcome = field(default_factory=lambda: Outcome(FAILED, why="it was interrupted before it ended"))
     steps: int = 0
     charges: Charged | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to be done for it: a resumed sweep runs only what is not over."""
+        return self.outcome.status in (COMPLETED, STOPPED, REFUSED)
 
     @property
     def accuracy(self) -> float:
@@ -38,6 +49,26 @@ def trial_folder(folder: Path, number: int) -> Path:
     path = folder / "trials" / f"{number:02d}"
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def keep_candidates(folder: Path, candidates: Sequence[dict[str, Any]]) -> None:
+    """Write what a sweep will try, before any of it is asked for."""
+    (folder / CANDIDATES).write_text(json.dumps(list(candidates), indent=1) + "\n", encoding="utf-8")
+
+
+def kept_candidates(folder: Path) -> list[dict[str, Any]]:
+    """What the sweep in `folder` tries; dotted field → value.
+
+    Raises:
+        UsageError: there is no sweep in it.
+    """
+    try:
+        candidates: list[dict[str, Any]] = json.loads((folder / CANDIDATES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UsageError(
+            f"SWEEP: {folder.name} is no sweep that can be resumed; a single run goes on with purser train --resume."
+        ) from None
+    return candidates
 
 
 def best_of(trials: list[Trial]) -> Trial | None:

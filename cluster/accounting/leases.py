@@ -315,6 +315,11 @@ class Leases:
             )
         return spent
 
+    def known(self, lease: str) -> bool:
+        """Whether `lease` was ever reserved."""
+        with self.ledger.reading() as view:
+            return bool(view.accounts_of_lease(lease))
+
     def settled(self, lease: str) -> bool:
         """Whether `lease` was ended for good."""
         with self.ledger.reading() as view:

@@ -226,7 +226,7 @@ STEPS = "{training.steps: {choice: [10, 20, 30, 40]}}"
 
 
 def search_of(gate):
-    return BudgetedSearch(job_of(STEPS, search="grid", trials=4), gate)
+    return BudgetedSearch(enumerate(proposals(job_of(STEPS, search="grid", trials=4)), start=1), gate)
 
 
 def suggested(search, times):
