@@ -110,7 +110,7 @@ class Model(Section):
 
 
 class Optimizer(Section):
-    """The optimizer that applies the noised gradients."""
+    """The optimizer that applies the noised gradients: sgd, or adam with decoupled weight decay (AdamW)."""
 
     name: Literal["sgd", "adam"] = "sgd"
     learning_rate: Positive = 1.0
@@ -134,6 +134,7 @@ class Training(Section):
     block: Count = 20
     clipping: Literal["bookkeeping", "hooks"] = "bookkeeping"
     precision: Literal["fp32", "bf16"] = "fp32"
+    activation_checkpointing: bool = False
 
 
 class Evaluation(Section):

@@ -308,6 +308,14 @@ def test_a_job_s_way_of_training_is_the_trainer_s(clipping, precision):
     assert seen.physical_batch_size == trainer.rows
 
 
+def test_activations_are_recomputed_where_a_job_says_so(desk):
+    """No tabular model can: the job is refused with the fix, before anything is charged."""
+    job = desk.job.with_values({"training.activation_checkpointing": True})
+    with pytest.raises(PurserError, match=r"training\.activation_checkpointing: Sequential brings none; leave it off"):
+        desk.train(job=job.model_dump(mode="json"))
+    assert not desk.books.charged("run", TRAIN)
+
+
 def test_a_checkpoint_holds_nothing_about_keys(desk):
     desk.train()
     with desk.checkpoint.as_directory() as folder:
