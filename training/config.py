@@ -134,7 +134,7 @@ class Training(Section):
     block: Count = 20
     clipping: Literal["bookkeeping", "hooks"] = "bookkeeping"
     precision: Literal["fp32", "bf16"] = "fp32"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "full"] = "none"
 
 
 class Evaluation(Section):

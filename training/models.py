@@ -23,7 +23,9 @@ def rehearsed(job: Job) -> tuple[PrivateTrainer, Rehearsal]:
     assert table.label is not None
     classes = len(table.label.categories)
     model = build(job.model, table.width, classes, image_of(job.model, table))
-    trainer = PrivateTrainer(model, how.optimizer, job.run(), how.clipping, how.precision, how.activation_checkpointing)
+    trainer = PrivateTrainer(
+        model, how.optimizer, job.run(), how.clipping, how.precision, how.activation_checkpointing == "full"
+    )
     return trainer, rehearse(trainer, Inputs((table.width,), classes))
 
 

@@ -310,7 +310,7 @@ def test_a_job_s_way_of_training_is_the_trainer_s(clipping, precision):
 
 def test_activations_are_recomputed_where_a_job_says_so(desk):
     """No tabular model can: the job is refused with the fix, before anything is charged."""
-    job = desk.job.with_values({"training.activation_checkpointing": True})
+    job = desk.job.with_values({"training.activation_checkpointing": "full"})
     with pytest.raises(PurserError, match=r"training\.activation_checkpointing: Sequential brings none; leave it off"):
         desk.train(job=job.model_dump(mode="json"))
     assert not desk.books.charged("run", TRAIN)
