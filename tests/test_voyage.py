@@ -192,7 +192,7 @@ def test_a_sweep_that_is_killed_at_any_moment_goes_on(purser):
         "training.steps=40",
         "training.block=10",
         "training.workers=1",
-        "tuning.trials=3",
+        "tuning.trials=2",
         "tuning.search=random",
         space,
     )
@@ -204,7 +204,7 @@ def test_a_sweep_that_is_killed_at_any_moment_goes_on(purser):
         if kill == 0:  # once in the middle of a run
             next(line for line in told if " of 40 steps" in line)
         else:
-            time.sleep(random.uniform(0, 40))
+            time.sleep(random.uniform(0, 25))
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         if kill + 1 < KILLS:
@@ -217,7 +217,7 @@ def test_a_sweep_that_is_killed_at_any_moment_goes_on(purser):
     assert ended.json["sweep"] == sweep
     assert (folder / "candidates.json").read_bytes() == candidates
     assert [trial["config"] for trial in ended.json["trials"]] == json.loads(candidates)
-    assert [trial["status"] for trial in ended.json["trials"]] == ["completed"] * 3
+    assert [trial["status"] for trial in ended.json["trials"]] == ["completed"] * 2
     shown, entries = budget_holds(purser, "digits/train")
     assert shown["reserved_cost"] == 0
     assert burnt <= {entry["key"] for entry in entries}, "nothing was taken back"
