@@ -160,6 +160,17 @@ def fresh_processes(*preload: str):
         yield context
 
 
+def on_two_ranks(act: Any, folder: Path) -> None:
+    """Run `act(rank, folder)` in two fresh processes; both must end well."""
+    with fresh_processes(act.__module__) as context:
+        ranks = [context.Process(target=act, args=(rank, str(folder))) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(180)
+            assert process.exitcode == 0
+
+
 # What follows runs in spawned processes.
 
 BATCHES = (5, 2000)  # expected: with few of them the ranks' sums travel in fp32, with many in fp64

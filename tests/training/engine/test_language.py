@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from dpsgd_reference import MODES, flat, fresh_processes, gradient_of, noise_off, plan, reference
+from dpsgd_reference import MODES, flat, gradient_of, noise_off, on_two_ranks, plan, reference
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
@@ -309,13 +309,7 @@ def train_as_rank(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_give_the_reference(tmp_path):
-    with fresh_processes("test_language") as context:
-        ranks = [context.Process(target=train_as_rank, args=(rank, str(tmp_path))) for rank in range(2)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(180)
-            assert process.exitcode == 0
+    on_two_ranks(train_as_rank, tmp_path)
     for name in ("lora", "full"):
         first, second = (torch.load(tmp_path / f"{name}{rank}") for rank in range(2))
         assert torch.equal(first, second)

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from dpsgd_reference import (
     flat,
-    fresh_processes,
     model_of,
     noise_off,
+    on_two_ranks,
     part_of,
     plan,
     reference,
@@ -159,13 +159,7 @@ def lost_rank(rank: int, folder: str) -> None:
 def test_a_lost_rank_ends_the_step(tmp_path, how):
     """Within the process group's timeout, in our words, without the library's addresses."""
     (tmp_path / how).touch()
-    with fresh_processes("test_steps") as context:
-        ranks = [context.Process(target=lost_rank, args=(rank, str(tmp_path))) for rank in range(2)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(90)
-            assert process.exitcode == 0
+    on_two_ranks(lost_rank, tmp_path)
     took, *said = (tmp_path / "said").read_text().splitlines()
     assert float(took) < SECONDS
     assert said[0].startswith("training: another worker ended, or was silent for too long")

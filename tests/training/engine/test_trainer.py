@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from dpsgd_reference import MODES, flat, fresh_processes, model_of, noise_off, plan, shard_of, whole
+from dpsgd_reference import MODES, flat, model_of, noise_off, on_two_ranks, plan, shard_of, whole
 from torch import nn
 
 from cluster.errors import PurserError, UsageError
@@ -175,13 +175,7 @@ def lives(rank: int, folder: str) -> None:
 
 def test_ranks_train_one_model_in_one_group(tmp_path):
     """Silently, each rank would train a model of its own, or clip at a norm of its own (H11)."""
-    with fresh_processes("test_trainer") as context:
-        ranks = [context.Process(target=lives, args=(rank, str(tmp_path))) for rank in range(2)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(120)
-            assert process.exitcode == 0
+    on_two_ranks(lives, tmp_path)
     for rank in range(2):
         told = dict(line.split(": ", 1) for line in (tmp_path / f"told{rank}").read_text().splitlines())
         assert "process group changed" in told["made before the group"]
