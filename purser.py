@@ -72,6 +72,19 @@ def _job(path: Path, overrides: list[str] | None) -> Any:
     return load(SweepJob, path.absolute(), overrides or [])
 
 
+def _chosen(job: Path | None, overrides: list[str] | None, resume: str | None, what: str) -> Any:
+    """The job of a file, or the one that a run or sweep began with."""
+    if (job is None) == (resume is None):
+        raise UsageError(f"JOB: give a job file, or --resume {what} alone.")
+    if resume is None:
+        assert job is not None
+        return _job(job, overrides)
+    from training.command import resumed
+    from tuning.config import SweepJob
+
+    return resumed(SweepJob, resume)
+
+
 def _books() -> Books:
     return Books(Ledger(environment.ledger_url()))
 
@@ -116,25 +129,15 @@ def train(
     as_json: Json = False,
 ) -> None:
     """One private run under a lease."""
-    from tuning.config import SweepJob
+    screen = Screen(as_json)
+    whole = _chosen(job, overrides, resume, "RUN")
+    from training.command import rehearse as rehearsal
+    from training.command import run
     from tuning.plan import planned
 
-    screen = Screen(as_json)
-    if (job is None) == (resume is None):
-        raise UsageError("JOB: give a job file, or --resume RUN alone.")
-    if resume is not None:
-        from training.command import resumed, run
-
-        whole = resumed(SweepJob, resume)
-    else:
-        assert job is not None
-        whole = _job(job, overrides)
-        from training.command import rehearse as rehearsal
-        from training.command import run
-
-        if rehearse:
-            screen.result(rehearsal(whole.plain, screen))
-            return
+    if rehearse and resume is None:
+        screen.result(rehearsal(whole.plain, screen))
+        return
     _finish(screen, run(whole.plain, planned(whole), whole.tuning.trials, screen, resume))
 
 
@@ -147,16 +150,8 @@ def tune(
 ) -> None:
     """A private hyper-parameter sweep; every trial is admitted by the accountant or refused."""
     screen = Screen(as_json)
-    if (job is None) == (resume is None):
-        raise UsageError("JOB: give a job file, or --resume SWEEP alone.")
-    if resume is not None:
-        from training.command import resumed
-        from tuning.config import SweepJob
-
-        whole = resumed(SweepJob, resume)
-    else:
-        assert job is not None
-        whole = _job(job, overrides)
+    whole = _chosen(job, overrides, resume, "SWEEP")
+    if resume is None:
         whole.corners()  # a space that holds an impossible run is found before anything heavy is imported
     from tuning.command import tune as sweep
 

@@ -32,6 +32,11 @@ class Outcome:
     metrics: dict[str, Any] = field(default_factory=dict)
     why: str = ""
 
+    @property
+    def closing(self) -> str:
+        """How its lease ends: settled for good, or released, so that it may be resumed."""
+        return "settle" if self.status == COMPLETED else "release"
+
     def keep(self, folder: Path) -> Outcome:
         """Write it to the run's folder, whole or not at all; returns itself."""
         (folder / f".{OUTCOME}").write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -69,7 +74,7 @@ def train(
         outcome = _fit(ledger, job, lease, folder, callbacks)
         outcome.keep(folder)  # before the lease is settled: what is settled must be known to whoever goes on
     finally:
-        client.close(lease, "settle" if outcome.status == COMPLETED else "release", outcome.status)
+        client.close(lease, outcome.closing, outcome.status)
     return outcome
 
 

@@ -52,6 +52,9 @@ def tune(job: SweepJob, screen: Screen, resume: str | None = None) -> dict[str, 
 
     leases = Leases(books, Presence(ledger).is_alive)
     leases.expire_dead()
+    for trial in trials:
+        if trial.over and leases.known(trial.lease):  # its driver may have died between its outcome and this
+            leases.close(trial.lease, trial.outcome.closing, trial.outcome.status)
     todo = [trial for trial in trials if not trial.over]
     begun = {trial.number for trial in todo if leases.known(trial.lease)}
     if begun or any(leases.fits(trial.job.charges()).fits for trial in todo):

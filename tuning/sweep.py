@@ -105,9 +105,8 @@ class Sweep(tune.Callback):
             tuner.fit()
         finally:
             for trial in self.trials.values():
-                status = trial.outcome.status
-                if status != REFUSED and trial.number in self._asked:
-                    self._client.close(trial.lease, "settle" if status == COMPLETED else "release", status)
+                if trial.outcome.status != REFUSED and trial.number in self._asked:
+                    self._client.close(trial.lease, trial.outcome.closing, trial.outcome.status)
 
     def _storage(self) -> str:
         """A folder for what Tune keeps of this start of the sweep; nothing is ever read from it."""

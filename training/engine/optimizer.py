@@ -117,9 +117,9 @@ class PrivateOptimizer(DPOptimizer):
         self._sum = torch.zeros(self._size, dtype=torch.float64, device=self.params[0].device)
         self._whole = True  # whether all that was begun was also finished
         self._keys = Keystream()
-        self._group, self._ranks = process_group(), ranks()
-        self._carrier = carrier_of(run, self._ranks, self._size)
-        self._grid = grid_of(run, self._ranks > 1 and self._carrier == torch.float32)
+        self._group = process_group()
+        self._carrier = carrier_of(run, ranks(), self._size)
+        self._grid = grid_of(run, ranks() > 1 and self._carrier == torch.float32)
 
     @property
     def noise_multiplier(self) -> float:
