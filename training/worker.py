@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import secrets
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from cluster.accounting.actor import connect
+from cluster.accounting.actor import AccountantClient, connect
 from cluster.accounting.mechanisms import DiscreteGaussian
 from cluster.environment import code_hash
 from cluster.errors import PurserError, UsageError, without_content
@@ -30,9 +32,14 @@ from training.release import write_weights
 
 def train_worker(config: dict[str, Any]) -> None:
     """The training loop function that Ray Train runs on every worker; `config` is public and shows in the dashboard."""
+    guarded(_train, config)
+
+
+def guarded(body: Callable[[dict[str, Any]], None], config: dict[str, Any]) -> None:
+    """Run `body`; of an error of a library only a type and a place crosses, of ours its own sentence (P13)."""
     failure: PurserError | None = None
     try:
-        _train(config)
+        body(config)
     except PurserError as error:
         failure = type(error)(*error.args)
     except Exception as error:  # noqa: BLE001 (whatever it is, its message may print records)
@@ -41,30 +48,68 @@ def train_worker(config: dict[str, Any]) -> None:
         raise failure  # out here, so that no other exception is chained to it
 
 
-def _train(config: dict[str, Any]) -> None:
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    if code_hash() != config["code"]:
-        raise UsageError(
-            "import: this worker would run other code than the driver (another version, or a file named like one of "
-            "our packages); install the same purser on every node. Nothing was charged."
+@dataclass(frozen=True)
+class Rank:
+    """One worker of a group that runs the driver's code and speaks to the driver's accountant.
+
+    Args:
+        job: what runs, with every column declared.
+        key: the dataset's hidden partition key.
+    """
+
+    job: Job
+    client: AccountantClient
+    number: int
+    world: int
+    key: str
+
+    @staticmethod
+    def arrived(config: dict[str, Any]) -> Rank:
+        """This worker, after checking that it would run what the driver runs; no record has been read."""
+        context = ray.train.get_context()
+        if code_hash() != config["code"]:
+            raise UsageError(
+                "import: this worker would run other code than the driver (another version, or a file named like one "
+                "of our packages); install the same purser on every node. Nothing was charged."
+            )
+        job = parse(Job, config["job"])
+        client = connect(config["ledger"])
+        return Rank(
+            job=job.model_copy(update={"data": data.declared(job.data)}),
+            client=client,
+            number=context.get_world_rank(),
+            world=context.get_world_size(),
+            key=client.partition_key(job.account),
         )
-    job = parse(Job, config["job"])
-    lease, folder = config["lease"], Path(config["folder"])
+
+    def records(self) -> data.Table:
+        """The source, after checking that it is still the one that was admitted."""
+        table = data.read(self.job.data, self.job.privacy.unit)
+        sources = self.client.show(self.job.accounts[0]).dataset.sources
+        if data.fingerprint(table, self.client.source_key()) not in sources:
+            raise UsageError("data.source: its content changed while the run was starting; nothing was charged.")
+        return table
+
+    def train_shard(self, table: data.Table) -> Shard:
+        """The units of the train partition that fall to this rank."""
+        return _shard(data.load(self.job, table, self.key, "train", self.number, self.world))
+
+    def validation_shard(self, table: data.Table) -> Shard:
+        """Every unit of the validation partition; for rank 0, which judges."""
+        return _shard(data.load(self.job, table, self.key, "validation", 0, 1))
+
+
+def _train(config: dict[str, Any]) -> None:
+    rank = Rank.arrived(config)
+    job, client, lease = rank.job, rank.client, config["lease"]
     train_account, validation_account = job.accounts
-    client = connect(config["ledger"])
-    key = client.partition_key(job.account)
-    job = job.model_copy(update={"data": data.declared(job.data)})
     trainer, _ = rehearsed(job)
     run = trainer.run
-
-    table = data.read(job.data, job.privacy.unit)
-    if data.fingerprint(table, client.source_key()) not in client.show(train_account).dataset.sources:
-        raise UsageError("data.source: its content changed while the run was starting; nothing was charged.")
-    shard = _shard(data.load(job, table, key, "train", rank, world))
+    table = rank.records()
+    shard = rank.train_shard(table)
 
     done = _restore(trainer)
-    attempt = _from_rank_0(lambda: client.open(lease, secrets.token_hex(16), done))
+    attempt = from_rank_0(lambda: client.open(lease, secrets.token_hex(16), done))
     if attempt.charges != {charge.account: charge for charge in (run.charge(train_account), job.charges()[1])}:
         raise PurserError(
             "training: what would run is not what was reserved (another noise_multiplier, batch size, steps or "
@@ -75,31 +120,31 @@ def _train(config: dict[str, Any]) -> None:
     while True:
         block += 1
         number = block
-        grant = _from_rank_0(lambda: client.authorise(lease, attempt.epoch, train_account, number))  # noqa: B023
+        grant = from_rank_0(lambda: client.authorise(lease, attempt.epoch, train_account, number))  # noqa: B023
         if grant is None:
             break
         trainer.steps(shard, grant.stop - grant.start)
         ran = done + grant.stop
-        _report(trainer, {"steps": ran, "attempt": attempt.attempt}, rank)
+        _report(trainer, {"steps": ran, "attempt": attempt.attempt}, rank.number)
 
     metrics: dict[str, Any] = {}
-    if rank == 0:
+    if rank.number == 0:
         if ran and client.authorise(lease, attempt.epoch, validation_account, 1):
             histogram = job.charges()[1].mechanism
             assert isinstance(histogram, DiscreteGaussian)
-            metrics = noised_accuracy(trainer.model, _shard(data.load(job, table, key, "validation", 0, 1)), histogram)
+            metrics = noised_accuracy(trainer.model, rank.validation_shard(table), histogram)
         if ran:
-            write_weights(trainer.unhook(), folder)
+            write_weights(trainer.unhook(), Path(config["folder"]))
     status = "completed" if ran >= run.steps else "stopped" if ran else "refused"
     # With a checkpoint, even if the last block has left one: Ray Train's result is the newest report that has one.
-    _report(trainer, {"steps": ran, "attempt": attempt.attempt, "status": status, **metrics}, rank)
+    _report(trainer, {"steps": ran, "attempt": attempt.attempt, "status": status, **metrics}, rank.number)
 
 
 def _shard(encoded: data.Encoded) -> Shard:
     return Shard(torch.from_numpy(encoded.features), torch.from_numpy(encoded.labels), encoded.offsets)
 
 
-def _from_rank_0(ask: Any) -> Any:
+def from_rank_0(ask: Any) -> Any:
     """Let rank 0 ask the accountant and every rank hear the answer; a refusal or silence stops all of them."""
     if not dist.is_initialized():
         return ask()

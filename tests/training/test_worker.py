@@ -144,14 +144,14 @@ def paid_first(events):
 
 def test_a_loop_that_pays_afterwards_is_seen(desk, monkeypatch):
     assert paid_first(["pay train 2", "run 2"])
-    ask = worker._from_rank_0
+    ask = worker.from_rank_0
 
     def late(question):  # broken on purpose: the first block runs before it is paid for
         if not any(event.startswith("run") for event in desk.events) and not desk.reports:
             desk.events.append("run 2")
         return ask(question)
 
-    monkeypatch.setattr(worker, "_from_rank_0", late)
+    monkeypatch.setattr(worker, "from_rank_0", late)
     desk.train()
     assert not paid_first(desk.events)
 
