@@ -13,6 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from cluster.accounting.mechanisms import Charge
+from cluster.accounting.orders import selection_of
+from cluster.accounting.selection import POISSON
 from cluster.errors import UsageError
 from training.config import Job, Section
 
@@ -57,17 +60,44 @@ class Dimension(Section):
         return self.loguniform[0] * (self.loguniform[1] / self.loguniform[0]) ** share
 
 
+class Repeats(Section):
+    """How often a selection repeats: K is truncated negative binomial of shape `eta` (0 logarithmic, 1 geometric), or
+    Poisson. Its mean is `tuning.trials`."""
+
+    distribution: Literal["truncated_negative_binomial", "poisson"] = "truncated_negative_binomial"
+    eta: float = 0.5
+
+    @model_validator(mode="after")
+    def _checks(self) -> Repeats:
+        if self.eta not in (0, 0.5, 1):
+            raise ValueError(f"eta: {self.eta:g} was given; it must be 0, 0.5 or 1")
+        if self.distribution == "poisson" and "eta" in self.model_fields_set:
+            raise ValueError("eta: it shapes the truncated_negative_binomial alone; leave it out for poisson")
+        return self
+
+    @property
+    def shape(self) -> float:
+        """As `cluster.accounting.selection` has it."""
+        return POISSON if self.distribution == "poisson" else self.eta
+
+
 class Tuning(Section):
-    """How the sweep searches. Without a space there is one candidate: the job as it stands."""
+    """How the sweep searches. Without a space there is one candidate: the job as it stands.
+
+    In select mode every candidate is drawn from the space independently, those of a grid with equal chances.
+    """
 
     mode: Literal["filter", "select"] = "filter"
     trials: Annotated[int, Field(ge=1, le=10_000)] = 8
     space: dict[str, Dimension] = {}
     search: Literal["random", "grid"] = "random"
     scheduler: Literal["none"] = "none"
+    repeats: Repeats = Repeats()
 
     @model_validator(mode="after")
     def _checks(self) -> Tuning:
+        if self.mode == "select" and self.trials < 2 and self.repeats.distribution != "poisson":
+            raise ValueError("trials: 1 was given; in select mode it is the mean of K, choose 2 or more")
         for name, dimension in self.space.items():
             if not name.startswith(("training.", "model.")):
                 raise ValueError(f"space: {name} cannot be searched, only fields of training and model")
@@ -93,6 +123,20 @@ class SweepJob(Job):
             UsageError: a value that the field does not allow, named.
         """
         return self.plain.with_values(values)
+
+    def selection(self) -> list[Charge]:
+        """What select mode asks for, once, whatever K turns out to be: the best of K candidates, each any of the space,
+        on train; and on validation the best of as many evaluations.
+
+        The pointwise maximum over the space is that over its corners: RDP falls with noise_multiplier and rises with
+        sample_rate and steps at every order, and nothing else that can be searched enters a cost.
+        """
+        runs = [run.charges() for run in self.corners()]
+        tuning = self.tuning
+        return [
+            Charge(account, selection_of([run[i] for run in runs], tuning.trials, tuning.repeats.shape), 1, 1)
+            for i, account in enumerate(self.accounts)
+        ]
 
     def grid(self) -> Iterator[dict[str, Any]]:
         """Every combination of the choices; the last dimension varies fastest."""

@@ -17,14 +17,13 @@ from cluster.accounting import orders
 from cluster.accounting.books import Books
 from cluster.accounting.costs import budget_cost, epsilon_of, price
 from cluster.accounting.mechanisms import Charge
-from cluster.accounting.selection import tnb_quantile
+from cluster.accounting.selection import POISSON, quantile, repetitions_of
 from cluster.errors import UsageError
 from training.admission import plans_of
 from training.config import Job
 from tuning.config import SweepJob
 from tuning.curve import Point, highest, largest, sizes
 
-ETA = 0.5  # shape of the truncated negative binomial in select mode
 MOST_EPSILON = 100.0  # that may be granted: the bound of privacy.epsilon
 MOST_TRIALS = 10_000  # that may be asked for: the bound of tuning.trials
 
@@ -117,7 +116,9 @@ def candidates(job: SweepJob) -> list[Job]:
 
 def planned(job: SweepJob) -> dict[str, list[Charge]]:
     """account → the charges by which the order of a new account is chosen: the job as it stands, every corner of its
-    space, and the candidates that come first."""
+    space, and the candidates that come first; in select mode the selection, which is all that it will pay for."""
+    if job.tuning.mode == "select":
+        return plans_of([job.selection()])
     return plans_of([run.charges() for run in (job.plain, *job.corners(), *candidates(job))])
 
 
@@ -139,6 +140,7 @@ def make(books: Books, job: SweepJob) -> Plan:
             pool=list(dict.fromkeys(run.charges()[i] for run in pool)),
             in_order=_in_order(job),
             trials=job.tuning.trials,
+            shape=job.tuning.repeats.shape,
         )
         choose = _chooser(job, plans[name])
         if exists:
@@ -148,8 +150,12 @@ def make(books: Books, job: SweepJob) -> Plan:
             order = choose(job.privacy.epsilon)
             budget = remaining = budget_cost(job.privacy.epsilon, job.privacy.delta, order)
         lines.append(_line(name, asked, order, budget, remaining, job.privacy.delta, None if exists else choose))
-    p99 = tnb_quantile(job.tuning.trials, ETA, 0.99)
+    p99 = _p99(job.tuning.trials, job.tuning.repeats.shape)
     return Plan(job, (lines[0], lines[1]), exists, len(runs) if _in_order(job) else job.tuning.trials, p99)
+
+
+def _p99(mean: int, shape: float) -> int:
+    return 1 if mean <= 1 and shape != POISSON else quantile(repetitions_of(mean, shape), 0.99)
 
 
 def _in_order(job: SweepJob) -> bool:
@@ -168,12 +174,14 @@ class _Asked:
     Args:
         runs: the charge of each trial of filter mode: one after the other where `in_order`, else any of them may come.
         pool: the different charges that a selection may draw from: the whole space.
+        shape: of the distribution of K.
     """
 
     runs: Sequence[Charge]
     pool: Sequence[Charge]
     in_order: bool
     trials: int
+    shape: float
 
     def prices(self, order: int) -> list[int]:
         return [price(charge, order) for charge in self.runs]
@@ -188,13 +196,13 @@ class _Asked:
 
     def select_cost(self, order: int, mean_trials: int) -> int | None:
         try:
-            return orders.select_price(self.pool, order, mean_trials, ETA)
+            return orders.select_price(self.pool, order, mean_trials, self.shape)
         except UsageError:
             return None
 
     def why_unpriced(self) -> str:
         try:
-            orders.selection_of(self.pool, self.trials, ETA)
+            orders.selection_of(self.pool, self.trials, self.shape)
         except UsageError:
             return "too many different candidates"
         return "more than the ledger holds"

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.accounting.costs import FINE, block_cost, budget_cost, price, step_cost
-from cluster.accounting.mechanisms import Charge, Composition, Mechanism, RepeatAndSelect, TruncatedNegativeBinomial
-from cluster.accounting.selection import tnb_gamma
+from cluster.accounting.mechanisms import Charge, Composition, Mechanism, RepeatAndSelect
+from cluster.accounting.selection import POISSON, repetitions_of
 from cluster.errors import UsageError
 
 CANDIDATES = (*range(2, 33), 36, 40, 48, 56, 64, 80, 96, 128)
@@ -31,7 +31,7 @@ class OrderRow:
 
 
 def order_table(epsilon: float, delta: float, plans: Sequence[Charge], trials: int) -> list[OrderRow]:
-    """The usable orders for the candidate `plans` (each one run's charge on this account).
+    """The usable orders for the candidate `plans` (each one run's charge on this account, or one selection's).
 
     `worst_ratio` is, over the plans, the smallest share of the runs that the plan's own best order would admit; the
     order with the largest worst ratio is never far from best for any candidate (maximin).
@@ -42,12 +42,10 @@ def order_table(epsilon: float, delta: float, plans: Sequence[Charge], trials: i
         raise UsageError(
             f"privacy.epsilon: {epsilon:g} at delta {delta:g} leaves nothing to spend; allow more of either."
         )
-    fits = {
-        order: [budgets[order] / (step_cost(plan.mechanism, order) * plan.steps / FINE) for plan in plans]
-        for order in usable
-    }
-    best = [max(fits[order][i] for order in usable) for i in range(len(plans))]
-    selection = selection_of(plans, trials) if trials > 1 else None
+    fits = {order: [_runs(plan, order, budgets[order]) for plan in plans] for order in usable}
+    best = [max(1e-300, *(fits[order][i] for order in usable)) for i in range(len(plans))]
+    runs_only = not any(isinstance(plan.mechanism, RepeatAndSelect) for plan in plans)
+    selection = selection_of(plans, trials) if trials > 1 and runs_only else None
     rows = []
     for order in usable:
         ratio = min(runs / most for runs, most in zip(fits[order], best, strict=True))
@@ -63,6 +61,14 @@ def order_table(epsilon: float, delta: float, plans: Sequence[Charge], trials: i
     return rows
 
 
+def _runs(plan: Charge, order: int, budget: int) -> float:
+    """How many times `plan` fits."""
+    try:
+        return budget / (step_cost(plan.mechanism, order) * plan.steps / FINE)
+    except UsageError:  # beyond what any ledger can hold
+        return 0.0
+
+
 def _fits(selection: RepeatAndSelect | None, plans: Sequence[Charge], order: int, budget: int) -> bool:
     try:
         cost = block_cost(selection, order, 0, 1) if selection else max(price(plan, order) for plan in plans)
@@ -76,24 +82,24 @@ def choose(rows: Sequence[OrderRow]) -> int:
     return max(rows, key=lambda row: (row.worst_ratio, -row.order)).order
 
 
-def select_price(plans: Sequence[Charge], order: int, mean_trials: int, eta: float = 0.5) -> int:
-    """Cost at `order` of releasing only the best of a random number of i.i.d. candidates, each one of `plans`.
+def select_price(plans: Sequence[Charge], order: int, mean_trials: int, shape: float = 0.5) -> int:
+    """Cost at `order` of releasing only the best of a random number K of i.i.d. candidates, each one of `plans`.
 
-    K is truncated negative binomial with shape `eta` and mean `mean_trials`; the price is that of the mechanism that
-    `selection_of` describes.
+    K has the mean `mean_trials`, and `shape` says its distribution (`selection.repetitions_of`); the price is that of
+    the mechanism that `selection_of` describes.
 
     Raises:
         UsageError: more than the ledger can hold, or more different plans than one mechanism may list.
     """
-    if mean_trials <= 1:
+    if mean_trials <= 1 and shape != POISSON:
         return max(price(plan, order) for plan in plans)
-    return block_cost(selection_of(plans, mean_trials, eta), order, 0, 1)
+    return block_cost(selection_of(plans, mean_trials, shape), order, 0, 1)
 
 
-def selection_of(plans: Sequence[Charge], mean_trials: int, eta: float = 0.5) -> RepeatAndSelect:
+def selection_of(plans: Sequence[Charge], mean_trials: int, shape: float = 0.5) -> RepeatAndSelect:
     """The selection among `plans` as a mechanism. The account and the blocks of the plans play no part."""
     steps: dict[Mechanism, int] = {}
     for plan in plans:  # of two plans of one mechanism the longer costs more at every order
         steps[plan.mechanism] = max(plan.steps, steps.get(plan.mechanism, 0))
     candidates = tuple(Composition((run,)) for run in steps.items())
-    return RepeatAndSelect(candidates, TruncatedNegativeBinomial(eta, tnb_gamma(mean_trials, eta)))
+    return RepeatAndSelect(candidates, repetitions_of(mean_trials, shape))

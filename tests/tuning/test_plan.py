@@ -16,7 +16,7 @@ from cluster.accounting.books import Books
 from cluster.accounting.costs import LARGEST, budget_cost, epsilon_of, price
 from cluster.accounting.leases import Leases, Shortage
 from cluster.accounting.ledger import Ledger
-from cluster.accounting.selection import tnb_quantile
+from cluster.accounting.selection import quantile, repetitions_of
 from cluster.errors import UsageError
 from training import data
 from training.admission import plans_of, what_would_fit
@@ -101,7 +101,7 @@ def test_the_plan_of_the_digits_job(books):
     assert plan["order"] == 6
     assert plan["trials_that_fit"] == 7
     assert plan["filter_epsilon"] > 3.0  # the eighth does not
-    assert plan["select_trials_p99"] == tnb_quantile(8, 0.5, 0.99)
+    assert plan["select_trials_p99"] == quantile(repetitions_of(8, 0.5), 0.99)
     assert json.loads(json.dumps(plan, allow_nan=False)) == plan
     assert isinstance(plan["trial_cost"], int)
 
@@ -340,6 +340,46 @@ def test_the_least_epsilon_goes_by_the_order_that_is_chosen(books):
     assert not granted.lines[0].select_fits
 
 
+def test_select_mode_has_the_order_at_which_its_selection_is_cheapest(books):
+    job = job_of("tuning.mode=select")
+    plan = make(books, job)
+    for i, line in enumerate(plan.lines):
+        charges = [run.charges()[i] for run in job.corners()]
+        shares = {
+            order: orders.select_price(charges, order, 8) / budget_cost(3.0, 1e-4, order)
+            for order in orders.CANDIDATES
+            if budget_cost(3.0, 1e-4, order) > 0
+        }
+        assert shares[line.order] == pytest.approx(min(shares.values()), rel=1e-9)
+        assert line.select_cost == price(job.selection()[i], line.order)
+    assert plan.lines[0].order != make(books, job_of()).lines[0].order
+
+
+@pytest.mark.parametrize(
+    ("repeats", "shape"), [("{eta: 0}", 0.0), ("{eta: 1}", 1.0), ("{distribution: poisson}", math.inf)]
+)
+def test_the_price_is_that_of_the_distribution_that_was_asked_for(books, repeats, shape):
+    plan = make(books, job_of("tuning.mode=select", f"tuning.repeats={repeats}"))
+    for i, line in enumerate(plan.lines):
+        charges = [run.charges()[i] for run in plan.job.corners()]
+        assert line.select_cost == orders.select_price(charges, line.order, 8, shape)
+    assert plan.select_trials_p99 == quantile(repetitions_of(8, shape), 0.99)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        ("tuning.repeats={eta: 2}", r"tuning.repeats.eta: 2 was given"),
+        ("tuning.repeats={distribution: poisson, eta: 1}", "leave it out for poisson"),
+        ("tuning.trials=1", "tuning.trials: 1 was given"),
+        ("tuning.space={training.noise_multiplier: {uniform: [1, .inf]}}", "uniform"),
+    ],
+)
+def test_what_no_selection_can_be_made_of_is_refused_by_name(wrong, word):
+    with pytest.raises(UsageError, match=word):
+        job_of("tuning.mode=select", wrong)
+
+
 def test_no_epsilon_that_may_be_granted_is_enough(books):
     plan = make(books, job_of("tuning.search=random", "tuning.space={}", "tuning.trials=10000"))
     assert plan.as_json()["filter_least_epsilon"] is None
@@ -400,6 +440,8 @@ def test_a_selection_beyond_the_ledger_has_no_price(books):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("changes", [(), DRAWN, (*DRAWN, "tuning.trials=1000"), ("tuning.trials=1", "tuning.space={}")])
 def test_eighty_columns_show_all_of_it(books, mode, changes):
+    if mode == "select" and "tuning.trials=1" in changes:
+        pytest.skip("refused: K would always be 1")
     plan = make(books, job_of(f"tuning.mode={mode}", *changes))
     text = shown(plan)
     table = text[: text.index("ε of so many")]

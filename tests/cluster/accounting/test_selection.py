@@ -14,7 +14,7 @@ import pytest
 from exact import NOISE, allowance, excess, is_too_low
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import norm
+from scipy.stats import chi2, norm
 
 from cluster.accounting.costs import FINE, LARGEST, SELECTION_ORDERS, UNIT, step_cost
 from cluster.accounting.mechanisms import (
@@ -29,7 +29,9 @@ from cluster.accounting.mechanisms import (
     RepeatAndSelect,
     TruncatedNegativeBinomial,
 )
-from cluster.accounting.selection import tnb_gamma, tnb_masses, tnb_mean, tnb_quantile
+from cluster.accounting import selection
+from cluster.accounting.selection import POISSON, draw, quantile, repetitions_of, tnb_gamma, tnb_mean
+from cluster.accounting.selection import masses as all_masses
 from cluster.errors import UsageError
 
 SHAPES = [0.0, LEAST_SHAPE, 0.5, 1.0, 3.0]
@@ -39,9 +41,9 @@ OTHER = Composition(((PoissonSubsampledGaussian(0.01, 0.9), 30),))
 
 def masses(gamma, shape, least_left=1e-14):
     """(k, P[K = k]) until the terms no longer matter."""
-    for k, mass in enumerate(tnb_masses(gamma, shape), start=1):
+    for k, mass in enumerate(map(float, all_masses(TruncatedNegativeBinomial(shape, gamma)))):
         yield k, mass
-        if k * mass < least_left * (1 - gamma) * gamma:
+        if k and k * mass < least_left * (1 - gamma) * gamma:
             return
 
 
@@ -67,27 +69,78 @@ def test_the_mean_that_is_charged_for_is_the_sum_over_the_masses(shape, gamma):
             weight *= (1 - mpmath.mpf(gamma)) * (k + eta) / (k + 1)
         assert mpmath.almosteq(weighted / total, exact.tnb_mean(shape, gamma), rel_eps=mpmath.mpf(10) ** -35)
         assert tnb_mean(gamma, shape) == pytest.approx(float(weighted / total), rel=1e-13)
-        first = next(tnb_masses(gamma, shape))
-        assert first == pytest.approx(float((1 - mpmath.mpf(gamma)) / total), rel=1e-13)
+        none, first = itertools.islice(all_masses(TruncatedNegativeBinomial(shape, gamma)), 2)
+        assert none == 0
+        assert mpmath.almosteq(mpmath.mpf(str(first)), (1 - mpmath.mpf(gamma)) / total, rel_eps=mpmath.mpf(10) ** -35)
 
 
 def test_the_geometric_distribution_is_among_them():
     assert tnb_gamma(8, 1.0) == pytest.approx(1 / 8, rel=1e-14)
-    assert list(itertools.islice(tnb_masses(0.25, 1.0), 3)) == pytest.approx([0.25, 0.75 * 0.25, 0.75**2 * 0.25])
+    some = [float(mass) for mass in itertools.islice(all_masses(TruncatedNegativeBinomial(1.0, 0.25)), 4)]
+    assert some == pytest.approx([0, 0.25, 0.75 * 0.25, 0.75**2 * 0.25])
 
 
 @pytest.mark.parametrize(
     ("mean", "shape", "share"), [(64, 0.5, 0.99), (8, 0.5, 0.99), (8, 1.0, 0.5), (8, 0.0, 0.99), (3, 0.5, 0.9)]
 )
 def test_a_quantile_is_the_first_to_reach_the_share(mean, shape, share):
-    quantile, table = tnb_quantile(mean, shape, share), dict(masses(tnb_gamma(mean, shape), shape))
-    assert math.fsum(table[k] for k in range(1, quantile)) < share
-    assert math.fsum(table[k] for k in range(1, quantile + 1)) >= share
+    first, table = quantile(repetitions_of(mean, shape), share), dict(masses(tnb_gamma(mean, shape), shape))
+    assert math.fsum(table[k] for k in range(1, first)) < share
+    assert math.fsum(table[k] for k in range(1, first + 1)) >= share
 
 
 def test_the_quantile_that_plan_shows():
-    assert tnb_quantile(64, 0.5, 0.99) == 397
-    assert tnb_quantile(1, 0.5, 0.99) == 1
+    assert quantile(repetitions_of(64, 0.5), 0.99) == 397
+
+
+def test_poisson_masses_are_those_of_the_definition():
+    some = [float(mass) for mass in itertools.islice(all_masses(Poisson(3.0)), 30)]
+    assert some == pytest.approx([math.exp(-3) * 3**k / math.factorial(k) for k in range(30)], rel=1e-14)
+    assert math.fsum(float(mass) for mass in itertools.islice(all_masses(Poisson(1e4)), 20_000)) == pytest.approx(1)
+
+
+DRAWN = [repetitions_of(8, 0.0), repetitions_of(8, 0.5), repetitions_of(3, 1.0), repetitions_of(3, POISSON)]
+
+
+@pytest.mark.parametrize("repetitions", DRAWN, ids=str)
+def test_k_is_the_inverse_of_its_distribution(repetitions, monkeypatch):
+    """For whatever bits the operating system gives: K = k exactly where they fall between P[K < k] and P[K ≤ k]."""
+    totals = list(itertools.accumulate(map(Fraction, itertools.islice(all_masses(repetitions), 12))))
+    for k in range(1, 12):
+        for share, drawn in ((totals[k] - Fraction(1, 10**50), k), (totals[k] + Fraction(1, 10**50), k + 1)):
+            monkeypatch.setattr(selection.secrets, "randbits", lambda size, at=share: int(at * 2**size))
+            assert draw(repetitions) == drawn
+    monkeypatch.setattr(selection.secrets, "randbits", lambda size: 0)
+    assert draw(repetitions) == (0 if isinstance(repetitions, Poisson) else 1)
+    monkeypatch.setattr(selection.secrets, "randbits", lambda size: 2**size - 1)
+    assert draw(repetitions) > quantile(repetitions, 0.999), "there is no cap on K"
+
+
+def chi_square(counts, shares, draws):
+    """Of `draws` numbers in classes of those shares."""
+    return sum((count - draws * share) ** 2 / (draws * share) for count, share in zip(counts, shares, strict=True))
+
+
+@pytest.mark.parametrize("repetitions", DRAWN, ids=str)
+def test_what_is_drawn_is_distributed_as_charged(repetitions):
+    """Chi-square over K = 0 or 1, 2, …, 7 and more: false alarm below 1e-7. A mean of one more is seen."""
+    draws, limit = 4000, chi2.isf(1e-7, 6)
+    drawn = [max(1, min(7, draw(repetitions))) for _ in range(draws)]
+    counts = [drawn.count(k) for k in range(1, 8)]
+
+    def shares(of):
+        table = [float(mass) for mass in itertools.islice(all_masses(of), 7)]
+        return [table[0] + table[1], *table[2:], 1 - math.fsum(table)]
+
+    assert chi_square(counts, shares(repetitions), draws) < limit
+    other = {8: (4.5, 0.0)}.get(round(mean_of(repetitions)), (2, 1.0))
+    assert chi_square(counts, shares(repetitions_of(*other)), draws) > limit
+
+
+def mean_of(repetitions):
+    if isinstance(repetitions, Poisson):
+        return repetitions.mean
+    return tnb_mean(repetitions.gamma, repetitions.shape)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, True, "8", None])
@@ -97,9 +150,9 @@ def test_bad_numbers_never_reach_the_distribution(value):
     with pytest.raises(UsageError, match="shape"):
         tnb_gamma(8, value)
     with pytest.raises(UsageError, match="share"):
-        tnb_quantile(8, 0.5, value)
+        quantile(repetitions_of(8, 0.5), value)
     with pytest.raises(UsageError, match="share"):
-        tnb_quantile(8, 0.5, 1.0)  # no k reaches it
+        quantile(repetitions_of(8, 0.5), 1.0)  # no k reaches it
 
 
 def assert_just_above(mechanism, order):
