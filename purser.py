@@ -153,7 +153,10 @@ def tune(
     whole = _chosen(job, overrides, resume, "SWEEP")
     if resume is None:
         whole.corners()  # a space that holds an impossible run is found before anything heavy is imported
-    from tuning.command import tune as sweep
+    if whole.tuning.mode == "select":
+        from tuning.select import select as sweep
+    else:
+        from tuning.command import tune as sweep
 
     _finish(screen, sweep(whole, screen, resume))
 

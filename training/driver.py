@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,38 +79,21 @@ def train(
 
 
 def _fit(ledger: str, job: Job, lease: str, folder: Path, callbacks: Sequence[Any]) -> Outcome:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from training.worker import train_worker
 
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={
-            "job": job.model_dump(mode="json", include=set(Job.model_fields)),
-            "lease": lease,
-            "ledger": ledger,
-            "folder": str(folder),
-            "code": code_hash(),
-        },
-        scaling_config=ScalingConfig(
-            num_workers=job.training.workers, resources_per_worker={"CPU": CPUS_PER_WORKER}, use_gpu=False
-        ),
-        torch_config=TorchConfig(backend="gloo", timeout_s=300),
-        run_config=RunConfig(
-            name=lease,  # a Train run's name is its identity: the same name goes on from its last checkpoint
-            storage_path=str(folder / "storage"),
-            callbacks=list(callbacks),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-            # Every retry re-executes and is charged again, so all limits are finite.
-            failure_config=FailureConfig(max_failures=1, controller_failure_limit=1, max_preemption_failures=2),
-        ),
-    )
+    config = {
+        "job": job.model_dump(mode="json", include=set(Job.model_fields)),
+        "lease": lease,
+        "ledger": ledger,
+        "folder": str(folder),
+        "code": code_hash(),
+    }
     try:
-        result = trainer.fit()
+        result = group_trainer(train_worker, config, lease, folder / "storage", callbacks).fit()
     except TrainingFailedError as error:
-        return Outcome(FAILED, why=_reason(error))
+        return Outcome(FAILED, why=reason(error))
     metrics = dict(result.metrics or {})
     status = metrics.pop("status", FAILED)
     kept = {name: metrics[name] for name in ("accuracy", "accuracy_error", "correct", "wrong") if name in metrics}
@@ -118,8 +101,44 @@ def _fit(ledger: str, job: Job, lease: str, folder: Path, callbacks: Sequence[An
     return Outcome(status, kept, why)
 
 
-def _reason(error: BaseException) -> str:
-    """Our own sentence out of Ray Train's wrapping; a library's message is dropped for its type (P13)."""
+def group_trainer(
+    loop: Callable[[dict[str, Any]], None],
+    config: Mapping[str, Any],
+    name: str,
+    storage: Path,
+    callbacks: Sequence[Any] = (),
+    crashes: int = 1,
+) -> Any:
+    """The Ray Train trainer of one worker group for the job in `config`, which is public and shows in the dashboard.
+
+    Args:
+        name: of the Train run, which is its identity: the same name goes on from its last checkpoint.
+        crashes: how often the group is started again. Every retry is charged again, so all limits are finite.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    return TorchTrainer(
+        loop,
+        train_loop_config=dict(config),
+        scaling_config=ScalingConfig(
+            num_workers=config["job"]["training"]["workers"],
+            resources_per_worker={"CPU": CPUS_PER_WORKER},
+            use_gpu=False,
+        ),
+        torch_config=TorchConfig(backend="gloo", timeout_s=300),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(storage),
+            callbacks=list(callbacks),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            failure_config=FailureConfig(max_failures=crashes, controller_failure_limit=1, max_preemption_failures=2),
+        ),
+    )
+
+
+def reason(error: BaseException) -> str:
+    """Why a worker group ended, out of Ray Train's wrapping: our own sentence; a library's is dropped for its type."""
     failures = getattr(error, "worker_failures", None) or {}
     for inner in (*failures.values(), error.__cause__, error):
         for candidate in (inner, getattr(inner, "cause", None), getattr(inner, "__cause__", None)):

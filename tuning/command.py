@@ -13,7 +13,7 @@ from cluster.accounting.books import Account, Books
 from cluster.accounting.leases import Leases, explain
 from cluster.accounting.ledger import Ledger
 from cluster.accounting.presence import Presence
-from cluster.errors import PurserError, UsageError
+from cluster.errors import PurserError
 from cluster.screen import Screen
 from training import release
 from training.admission import admit, what_would_fit
@@ -34,8 +34,6 @@ def tune(job: SweepJob, screen: Screen, resume: str | None = None) -> dict[str, 
         UsageError: the job, its space or its source is not what the account allows, or there is no such sweep; nothing
             was charged.
     """
-    if job.tuning.mode == "select":
-        raise UsageError("tuning.mode: select was given; this version can plan it but not run it, use filter.")
     plans = planned(job)
     ledger = Ledger(environment.ledger_url())
     books = Books(ledger)

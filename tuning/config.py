@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import itertools
 import math
+import secrets
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -101,9 +102,20 @@ class Tuning(Section):
         for name, dimension in self.space.items():
             if not name.startswith(("training.", "model.")):
                 raise ValueError(f"space: {name} cannot be searched, only fields of training and model")
+            if self.mode == "select" and name in ("training.workers", "training.backend"):
+                raise ValueError(
+                    f"space: {name} cannot be searched in select mode, its worker groups serve any candidate"
+                )
             if self.search == "grid" and dimension.choice is None:
                 raise ValueError(f"space: {name} needs choice: [...] for search: grid, or use search: random")
         return self
+
+    def drawn(self) -> dict[str, Any]:
+        """A candidate of the space at random, independent of all others; dotted field → value.
+
+        These numbers are public or, in a selection, sealed: none of the engine's keys are used for them.
+        """
+        return {name: dimension.at(secrets.randbits(53) / 2**53) for name, dimension in self.space.items()}
 
 
 class SweepJob(Job):

@@ -49,6 +49,7 @@ def sweep_report(
     best: Trial | None,
     statement: Mapping[str, Any] | None = None,
     why: str = "",
+    selection: Sequence[tuple[str, object]] = (),
 ) -> str:
     """The page of the sweep called `name`.
 
@@ -60,6 +61,8 @@ def sweep_report(
         best: the one that was released, or None.
         statement: what `training.release.statement` said of it, or None.
         why: a sentence on why trials did not run, or empty.
+        selection: for select mode, the facts of the selection in place of any trial's: `trials` then is what was paid
+            for as a whole, with the winner's values if there is one.
 
     Raises:
         PurserError: the accounts and the trials' charges contradict each other, so that a page would be wrong.
@@ -68,11 +71,12 @@ def sweep_report(
     train = after[0]
     body = (
         tag("h1", "Privacy report of sweep ", name),
-        *_summary(train, trials, best, splits, why),
+        *_summary(train, trials, best, splits, why, bool(selection)),
         tag("p", _promise(train), class_="promise"),
         headed("Budget", *(_account(*one) for one in zip(before, after, splits, strict=True))),
-        headed("Utility against cost", _figure(trials, best, train)),
-        headed("Trials", _trials(after, trials, best), _shared(trials)),
+        headed("The selection", definitions(selection)) if selection else "",
+        "" if selection else headed("Utility against cost", _figure(trials, best, train)),
+        "" if selection else headed("Trials", _trials(after, trials, best), _shared(trials)),
         headed("Privacy statement of the released model", *_statement(statement)),
         headed("The ledger’s heads", *_heads(before, after)),
         headed("Not covered", items(f"{line}." for line in (statement or {}).get("excluded", EXCLUDED))),
@@ -152,12 +156,19 @@ def _accuracy(metrics: Mapping[str, Any]) -> str:
 
 
 def _summary(
-    train: Account, trials: Sequence[Trial], best: Trial | None, splits: Sequence[_Split], why: str
+    train: Account, trials: Sequence[Trial], best: Trial | None, splits: Sequence[_Split], why: str, selection: bool
 ) -> list[Markup]:
+    spent = f"This sweep spent {_share(splits[0].mine, train.budget_cost)} of the budget of {train.account}."
+    if selection:
+        found = (
+            f"Best: accuracy {_accuracy(best.outcome.metrics)} (95 % of the noise)." if best else "Nothing released."
+        )
+        opening = f"A private selection on dataset {train.dataset.name}. {spent}"
+        return [tag("p", line) for line in (opening, found, why) if line]
     counts = Counter(trial.outcome.status for trial in trials)
     ended = ", ".join(f"{count} {status}" for status, count in counts.items()) or "none"
     lines = [f"{len(trials)} trial{'s' * (len(trials) != 1)} on dataset {train.dataset.name}: {ended}. "]
-    lines[0] += f"This sweep spent {_share(splits[0].mine, train.budget_cost)} of the budget of {train.account}."
+    lines[0] += spent
     if best is not None:
         lines.append(f"Best: trial {best.number}, accuracy {_accuracy(best.outcome.metrics)} (95 % of the noise).")
     else:

@@ -1,13 +1,11 @@
 """Which candidate comes next, and the polite gate: a trial is offered to Ray Tune only when the budget can pay for it.
 
 Grid and random are small Searchers, so that no candidate bypasses the gate. The gate only asks and records refusals;
-the lease in the trial and the block in the worker are what enforces. Random draws are of public numbers: they need no
-secret key, and none of the engine's keys are used for them.
+the lease in the trial and the block in the worker are what enforces.
 """
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -24,7 +22,7 @@ def proposals(job: SweepJob) -> Iterator[dict[str, Any]]:
         yield from (values for values, _ in zip(job.grid(), range(job.tuning.trials), strict=False))
         return
     for _ in range(job.tuning.trials):
-        yield {name: dimension.at(secrets.randbits(53) / 2**53) for name, dimension in job.tuning.space.items()}
+        yield job.tuning.drawn()
 
 
 class BudgetedSearch(Searcher):

@@ -4,7 +4,7 @@ noised."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,6 @@ class Trial:
     def over(self) -> bool:
         """Whether nothing is left to be done for it: a resumed sweep runs only what is not over."""
         return self.outcome.status in (COMPLETED, STOPPED, REFUSED)
-
-    @property
-    def accuracy(self) -> float:
-        """The noised accuracy, or −1 where none was released."""
-        return float(self.outcome.metrics.get("accuracy", -1.0))
 
 
 def lease_of(sweep: str, number: int) -> str:
@@ -71,10 +66,15 @@ def kept_candidates(folder: Path) -> list[dict[str, Any]]:
     return candidates
 
 
+def score(metrics: Mapping[str, Any]) -> float:
+    """What runs are compared by, the higher the better: a function of what was released, and of nothing else."""
+    return float(metrics["accuracy"])
+
+
 def best_of(trials: list[Trial]) -> Trial | None:
-    """The trial with the highest noised accuracy among those that have weights to release."""
+    """The trial with the highest score among those that have weights to release."""
     finished = [t for t in trials if t.outcome.status in (COMPLETED, STOPPED) and t.outcome.metrics]
-    return max(finished, key=lambda trial: trial.accuracy, default=None)
+    return max(finished, key=lambda trial: score(trial.outcome.metrics), default=None)
 
 
 def said(values: dict[str, Any]) -> str:

@@ -216,9 +216,13 @@ class AccountantClient:
         grant = self._call("authorise", lease, epoch, account, block)
         return None if grant is None else Grant(*grant)
 
+    def epoch(self, lease: str) -> int:
+        """See `Leases.epoch`."""
+        return int(self._call("epoch", lease))
+
     def close(self, lease: str, kind: str, status: str) -> dict[str, int]:
         """See `Leases.close`; should this call be delayed until after a newer attempt began, it closes nothing."""
-        return dict(self._call("close", lease, kind, status, self._call("epoch", lease)))
+        return dict(self._call("close", lease, kind, status, self.epoch(lease)))
 
     def show(self, account: str) -> Account:
         """See `Books.show`."""

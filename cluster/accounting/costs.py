@@ -171,6 +171,13 @@ def _base(candidates: tuple[Mechanism, ...]) -> Callable[[int], int]:
     return functools.lru_cache(maxsize=None)(lambda order: max(_rdp(one, order) for one in candidates))
 
 
+def covers(selection: RepeatAndSelect, run: Mechanism) -> bool:
+    """Whether `run` may be a candidate of `selection`: at every order that a price looks at, it costs no more than the
+    dearest of those that are listed."""
+    base = _base(selection.candidates)
+    return all(_rdp(run, order) <= base(order) for order in SELECTION_ORDERS)
+
+
 @functools.lru_cache(maxsize=1024)
 def _log_mean(repetitions: Repetitions) -> int:
     """log E[K] in units of 1e-36, rounded up; never below 0.

@@ -70,6 +70,7 @@ def masses(repetitions: Repetitions) -> Iterator[Decimal]:
         for k in itertools.count(1):
             yield mass
             mass = at.divide(at.multiply(mass, mean), k)
+        return
     gamma, eta = Decimal(repetitions.gamma), Decimal(repetitions.shape)
     rest, log = at.subtract(1, gamma), at.ln(gamma)
     # 1 − γ ≥ 1e-12 and η ≥ 1e-6: γ^−η − 1 loses at most 18 digits.

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2, norm
 
+from cluster.accounting import selection
 from cluster.accounting.costs import FINE, LARGEST, SELECTION_ORDERS, UNIT, step_cost
 from cluster.accounting.mechanisms import (
     GAMMA_BOUNDS,
@@ -29,7 +30,6 @@ from cluster.accounting.mechanisms import (
     RepeatAndSelect,
     TruncatedNegativeBinomial,
 )
-from cluster.accounting import selection
 from cluster.accounting.selection import POISSON, draw, quantile, repetitions_of, tnb_gamma, tnb_mean
 from cluster.accounting.selection import masses as all_masses
 from cluster.errors import UsageError

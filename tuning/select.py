@@ -1,0 +1,279 @@
+"""`purser tune` in select mode: a random number of candidates, of which only the best is ever seen.
+
+One lease over both accounts: reserved before K is drawn, wholly spent before the first candidate's first step, never
+refunded. No Ray Tune: a public number of worker groups takes candidates from the sealed queue, and tells nobody (P13).
+Neither K nor anything of a loser may come to this file's callers (`sealed` alone knows).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import environment
+from cluster.accounting.actor import AccountantClient
+from cluster.accounting.books import Account, Books
+from cluster.accounting.leases import Leases, explain
+from cluster.accounting.ledger import Ledger
+from cluster.accounting.mechanisms import Charge
+from cluster.accounting.presence import Presence
+from cluster.errors import PurserError, without_content
+from cluster.screen import Screen
+from training import release
+from training.admission import admit
+from training.command import greet
+from training.config import Job
+from training.driver import COMPLETED, FAILED, REFUSED, Charged, Outcome, charged, group_trainer, reason
+from tuning.config import SweepJob
+from tuning.plan import make, planned
+from tuning.report import sweep_report, write_report
+from tuning.sealed import Sealed
+from tuning.trials import Trial
+
+WINNER = "winner.json"  # in a sweep's folder: what is public of a selection that is over
+CRASHES = 3  # of one group, each of which costs the candidate that ran
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The candidate that is released: its values and noised metrics; both None where none is."""
+
+    values: dict[str, Any] | None
+    metrics: dict[str, Any] | None
+
+    def keep(self, folder: Path) -> Winner:
+        """Write it to the sweep's folder, whole or not at all; returns itself."""
+        (folder / f".{WINNER}").write_text(json.dumps(asdict(self)), encoding="utf-8")
+        os.replace(folder / f".{WINNER}", folder / WINNER)
+        return self
+
+    @staticmethod
+    def kept(folder: Path) -> Winner | None:
+        """The winner of the sweep in `folder`, or None where it is not decided."""
+        try:
+            return Winner(**json.loads((folder / WINNER).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+
+def select(job: SweepJob, screen: Screen, resume: str | None = None) -> dict[str, Any]:
+    """Run the selection of `job`, or go on with the one called `resume`; returns the contract's keys.
+
+    Raises:
+        UsageError: the job, its space or its source is not what the account allows, or there is no such sweep; nothing
+            was charged.
+    """
+    charges = job.selection()
+    ledger = Ledger(environment.ledger_url())
+    books = Books(ledger)
+    accounts, made = admit(books, job.plain, planned(job), job.tuning.trials)
+    name = resume or environment.new_name(job.account)
+    folder = environment.run_folder(name, new=resume is None)
+    alive = environment.Alive(name)
+    if resume is None:
+        (folder / "job.json").write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    greet(screen, ledger.place, accounts, made)
+    leases = Leases(books, Presence(ledger).is_alive)
+    leases.expire_dead()
+    lease, sealed = f"{name}-select", Sealed(folder)
+    outcome, winner = Outcome(COMPLETED), Winner.kept(folder)
+    if winner is None:
+        answer = leases.reserve(lease, name, charges)
+        if answer.fits:
+            if not sealed.drawn_for(job):
+                sealed.draw(job)
+            outcome = _run(job, ledger, books, lease, name, folder, screen)
+        else:
+            least = make(books, job).as_json()["select_trials_that_fit"]
+            offer = f" What would fit: tuning.trials={least}." if least and least > 1 else ""
+            why = f"{explain(answer.shortages, accounts)}; nothing was spent and nothing was drawn.{offer}"
+            outcome = Outcome(REFUSED, why=why)
+        if outcome.status == COMPLETED:
+            winner = _decide(sealed, folder)
+    result = _result(job, name, lease, books, outcome, winner)
+    if winner is not None:
+        leases.close(lease, "settle", COMPLETED)
+        result |= _release(job, name, lease, folder, winner, accounts, charged(books, job, lease), screen)
+        if sealed.folder.exists():
+            sealed.destroy()
+    for account in [books.show(account) for account in job.accounts]:
+        screen.say(f"{account.account}: {account.remaining_cost / account.budget_cost:.1%} of the budget is left.")
+    going_on = outcome.status == FAILED
+    screen.say(f"Next: purser {f'tune --resume {name}' if going_on else f'budget show {job.account}'}")
+    alive.release()
+    return result
+
+
+def _run(job: SweepJob, ledger: Ledger, books: Books, lease: str, name: str, folder: Path, screen: Screen) -> Outcome:
+    log = folder / "log.txt"
+    screen.say(
+        f"Selection {name}: {job.tuning.trials} candidates in the mean, only the best of them will be seen. It is paid "
+        f"for as a whole, before it begins. Ray's own output: {log}"
+    )
+    with screen.quiet(log):
+        from cluster.accounting.actor import start
+        from cluster.session import local_ray
+
+        with local_ray(folder) as dashboard:
+            client = start(ledger.url)
+            screen.say(f"Ray is up, its dashboard is at http://{dashboard}; the workers are starting.")
+            with client.holding(name):
+                paid = all(books.charged(lease, account) for account in job.accounts)  # before an interruption
+                epoch = client.epoch(lease) if paid else _open(client, lease, job.selection())
+                if epoch is None:
+                    client.close(lease, "release", REFUSED)
+                    return Outcome(REFUSED, why="others have spent the budget meanwhile; nothing was spent by this.")
+                return _groups(job, ledger.identity, lease, epoch, folder)
+
+
+def _open(client: AccountantClient, lease: str, charges: list[Charge]) -> int | None:
+    """Open the lease's attempt; None where it no longer holds the whole price, and nothing is authorised."""
+    attempt = client.open(lease, secrets.token_hex(16), 0)
+    if attempt.charges != {charge.account: charge for charge in charges}:
+        raise PurserError("select: what would run is not what was reserved; nothing was charged.")
+    return attempt.epoch if all(attempt.steps[charge.account] == 1 for charge in charges) else None
+
+
+def _groups(job: SweepJob, ledger: str, lease: str, epoch: int, folder: Path) -> Outcome:
+    """Run the worker groups until the queue is empty: as many as the machine holds, however many candidates wait."""
+    import ray
+
+    from cluster.session import CPUS_PER_WORKER, cpus
+
+    count = max(1, int(cpus() / (job.training.workers * CPUS_PER_WORKER)))
+    start = 1 + len(list(folder.glob("storage-*")))
+    storage = folder / f"storage-{start}"
+    storage.mkdir()
+    config = {
+        "job": job.model_dump(mode="json", include=set(Job.model_fields)),
+        "sweep": job.model_dump(mode="json"),
+        "lease": lease,
+        "epoch": epoch,
+        "ledger": ledger,
+        "folder": str(folder),
+        "code": environment.code_hash(),
+    }
+    group = ray.remote(num_cpus=0, max_retries=0)(run_group)
+    running = [group.remote(f"{lease}-{start}-{i}", config, str(storage)) for i in range(1, count + 1)]
+    failures = []
+    for one in running:
+        try:
+            failure = ray.get(one)
+        except Exception as error:  # noqa: BLE001 (its message may hold anything)
+            failure = f"a group's driver failed with {without_content(error)}"
+        failures += [failure] if failure else []
+    if failures and Sealed(folder).left:
+        return Outcome(FAILED, why=f"{failures[0].rstrip('.')}; what was authorised is spent")
+    return Outcome(COMPLETED)
+
+
+def run_group(name: str, config: Mapping[str, Any], storage: str) -> str:
+    """The small driver of one worker group, a Ray task; returns why it ended early, or nothing."""
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from tuning.group import group_worker
+
+    try:
+        group_trainer(group_worker, config, name, Path(storage), crashes=CRASHES).fit()
+    except TrainingFailedError as error:
+        return reason(error)
+    return ""
+
+
+def _decide(sealed: Sealed, folder: Path) -> Winner:
+    """The best candidate, its weights in the sweep's folder; from here on nothing else is needed of what is sealed."""
+    best = sealed.best()
+    if best is None:
+        return Winner(None, None).keep(folder)
+    outcome = best.outcome
+    assert outcome is not None
+    shutil.copyfile(best.folder / release.WEIGHTS, folder / f".{release.WEIGHTS}")
+    os.replace(folder / f".{release.WEIGHTS}", folder / release.WEIGHTS)
+    return Winner(best.values, outcome.metrics).keep(folder)
+
+
+def _result(
+    job: SweepJob, name: str, lease: str, books: Books, outcome: Outcome, winner: Winner | None
+) -> dict[str, Any]:
+    """The contract's keys. The one trial that may be listed is the winner, with the price of the whole selection."""
+    result: dict[str, Any] = {
+        "sweep": name,
+        "mode": job.tuning.mode,
+        "status": outcome.status,
+        "account": job.account,
+        "trials": [],
+        "best": None,
+        "release": None,
+        "report": None,
+        "why": outcome.why,
+    }
+    if winner is not None and winner.values is not None:
+        steps = job.candidate(winner.values).training.steps
+        best = {"id": lease, "config": winner.values, "metrics": winner.metrics}
+        paid = {"authorised_steps": steps, "cost": charged(books, job, lease).cost}
+        trial = {**best, "status": COMPLETED, "planned_steps": steps, **paid, "why": ""}
+        result |= {"trials": [trial], "best": best}
+    return result
+
+
+def _release(
+    job: SweepJob,
+    name: str,
+    lease: str,
+    folder: Path,
+    winner: Winner,
+    before: list[Account],
+    paid: Charged,
+    screen: Screen,
+) -> dict[str, Any]:
+    """Write release and report; returns where they are."""
+    said, where = None, None
+    whole = Trial(1, lease, winner.values or {}, job.candidate(winner.values or {}), charges=paid)
+    if winner.metrics is None:
+        screen.say("No candidate was drawn or none came to its end: nothing is released, as may happen by chance.")
+    else:
+        metrics = winner.metrics
+        whole.outcome = Outcome(COMPLETED, metrics)
+        said = release.statement(whole.job, lease, paid.accounts, paid.entries, metrics, _sentence(job, name))
+        where = str(release.write_release(folder, folder / release.WEIGHTS, said))
+        screen.say(f"Best: accuracy {metrics['accuracy']:.3f} ± {metrics['accuracy_error']:.3f}. Released: {where}")
+    best = whole if winner.metrics is not None else None
+    page = sweep_report(name, before, paid.accounts, [whole], best, said, selection=_facts(job, winner))
+    report = str(write_report(folder, page))
+    screen.say(f"Report: {report}")
+    return {"release": where, "report": report}
+
+
+def _distribution(job: SweepJob) -> str:
+    repeats = job.tuning.repeats
+    shape = "" if repeats.distribution == "poisson" else f" of shape η = {repeats.eta:g}"
+    return f"{repeats.distribution.replace('_', ' ')}{shape}, {job.tuning.trials} in the mean"
+
+
+def _sentence(job: SweepJob, name: str) -> str:
+    return (
+        f"this model is the best, by noised accuracy, of a random number of candidates in selection {name} "
+        f"({_distribution(job)}), each drawn independently; how many there were and all others stay hidden, but for "
+        "how long it took. The whole selection was charged once, before it began (Papernot and Steinke 2022)."
+    )
+
+
+def _facts(job: SweepJob, winner: Winner) -> list[tuple[str, object]]:
+    values = winner.values or {}
+    return [
+        ("number of candidates", f"{_distribution(job)}; how many there were stays hidden"),
+        ("each drawn from", "the space below, independently" if job.tuning.space else "the job as it stands"),
+        *(
+            (name, ", ".join(f"{kind} {given}" for kind, given in dimension.model_dump(exclude_none=True).items()))
+            for name, dimension in job.tuning.space.items()
+        ),
+        *((f"the best: {name}", value) for name, value in values.items()),
+        ("all others", "stay hidden, and are destroyed"),
+        ("charged", "once for all of them, before the first began; nothing is refunded"),
+    ]
