@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster import environment
+from cluster.accounting.answers import explain
 from cluster.accounting.books import Account, Books
-from cluster.accounting.leases import Leases, explain
+from cluster.accounting.leases import Leases
 from cluster.accounting.ledger import Ledger
 from cluster.accounting.presence import Presence
 from cluster.errors import PurserError, UsageError

@@ -14,7 +14,7 @@ from typing import Any
 from ray import tune
 
 from cluster.accounting.actor import AccountantClient, connect
-from cluster.accounting.leases import explain
+from cluster.accounting.answers import explain
 from cluster.errors import PurserError, without_content
 from cluster.session import CPUS_PER_WORKER, cpus
 from training.config import parse
