@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from cluster.accounting.answers import Shortage
 from cluster.accounting.books import Account, Books
 from cluster.accounting.costs import affordable_steps, least_noise_multiplier
-from cluster.accounting.leases import Shortage
 from cluster.accounting.mechanisms import NOISE_MULTIPLIER_BOUNDS, Charge, DiscreteGaussian
 from cluster.errors import UsageError
 from training import data

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster import environment
+from cluster.accounting.answers import explain
 from cluster.accounting.books import Account, Books
 from cluster.accounting.costs import epsilon_text
-from cluster.accounting.leases import Leases, explain
+from cluster.accounting.leases import Leases
 from cluster.accounting.ledger import Ledger
 from cluster.accounting.mechanisms import Charge
 from cluster.accounting.presence import Presence
@@ -58,6 +59,7 @@ def run(
         "account": job.account,
         "epsilon_of_run": 0.0,
         "metrics": {},
+        "rungs": [],
         "release": None,
         "why": "",
     }
@@ -80,7 +82,7 @@ def run(
                 outcome = train(client, ledger.identity, job, name, name, folder)
             cost = charged(client, job, name)
     result |= {"status": outcome.status, "authorised_steps": cost.steps, "epsilon_of_run": cost.epsilon}
-    result |= {"metrics": outcome.metrics, "why": outcome.why}
+    result |= {"metrics": outcome.metrics, "rungs": release.kept_rungs(folder), "why": outcome.why}
     if outcome.status in (COMPLETED, STOPPED) and (folder / release.WEIGHTS).exists():
         said = release.statement(job, name, cost.accounts, cost.entries, outcome.metrics, "none in this run.")
         result["release"] = str(release.write_release(folder, folder / release.WEIGHTS, said))
@@ -132,6 +134,8 @@ def _progress(screen: Screen, books: Books, account: str, lease: str, planned: i
 
 
 def _conclude(screen: Screen, outcome: Outcome, result: Mapping[str, Any]) -> None:
+    for rung in result["rungs"]:
+        screen.say(f"after {rung['steps']} steps: accuracy {rung['accuracy']:.3f} ± {rung['accuracy_error']:.3f}")
     metrics = outcome.metrics
     epsilon = epsilon_text(result["epsilon_of_run"])
     line = f"{outcome.status}: {result['authorised_steps']} steps authorised, ε of this run {epsilon}"

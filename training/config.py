@@ -7,6 +7,7 @@ declared, none derived from records (P11). `tuning.config` adds the sweep's own 
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -139,10 +140,18 @@ class Training(Section):
 
 class Evaluation(Section):
     """How the model is judged: a (correct, wrong) histogram of the validation partition, released with discrete
-    Gaussian noise of standard deviation `noise` records in each cell, and charged."""
+    Gaussian noise of standard deviation `noise` records in each cell, and charged: at the end, and at each of `rungs`,
+    the steps after which it is judged on the way."""
 
     on: Literal["validation"] = "validation"
     noise: Annotated[float, Field(ge=0.1, le=1e5)] = 5.0
+    rungs: Annotated[tuple[Count, ...], Field(max_length=100)] = ()
+
+    @model_validator(mode="after")
+    def _checks(self) -> Evaluation:
+        if any(low >= high for low, high in itertools.pairwise(self.rungs)):
+            raise ValueError("rungs: each must be above the one before it")
+        return self
 
 
 class Release(Section):
@@ -214,8 +223,18 @@ class Job(Section):
             max_records_per_unit=self.privacy.max_records_per_unit,
         )
 
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """The steps after which a run is judged on the way: those of `evaluation.rungs` that are below its steps."""
+        return tuple(rung for rung in self.evaluation.rungs if rung < self.training.steps)
+
     def charges(self) -> list[Charge]:
-        """What one run of this job asks for: its steps on train, one evaluation on validation."""
+        """What one run of this job asks for: its steps on train; on validation one evaluation for each rung, and one at
+        the end.
+
+        Raises:
+            UsageError: a number that no run of this job could have, by its field.
+        """
         train, validation = self.accounts
         most, least = self.privacy.max_records_per_unit, NOISE_MULTIPLIER_BOUNDS[0]
         if self.evaluation.noise < least * most:
@@ -223,8 +242,14 @@ class Job(Section):
                 f"evaluation.noise: {self.evaluation.noise:g} was given; a unit may move the counts by "
                 f"privacy.max_records_per_unit = {most}, so it must be at least {least * most:g}."
             )
+        for rung in self.evaluation.rungs:
+            if rung % self.training.block:
+                raise UsageError(
+                    f"evaluation.rungs: {rung} was given; a run is judged between two blocks, so it must be a multiple "
+                    f"of training.block = {self.training.block}."
+                )
         histogram = DiscreteGaussian(self.evaluation.noise, self.privacy.max_records_per_unit)
-        return [self.run().charge(train), Charge(validation, histogram, 1, 1)]
+        return [self.run().charge(train), Charge(validation, histogram, len(self.rungs) + 1, 1)]
 
     def with_values(self, values: dict[str, Any]) -> Job:
         """This job with dotted fields replaced, checked again."""

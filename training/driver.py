@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster.accounting.actor import AccountantClient
+from cluster.accounting.answers import explain
 from cluster.accounting.books import Account, Books
-from cluster.accounting.leases import explain
 from cluster.environment import code_hash
 from cluster.errors import PurserError, without_content
 from cluster.session import CPUS_PER_WORKER
 from training.config import Job
+from training.evaluation import METRICS
+from training.release import WEIGHTS, rung_folder
 
 COMPLETED, STOPPED, REFUSED, FAILED = "completed", "stopped", "refused", "failed"
 OUTCOME = "outcome.json"  # in a run's folder
@@ -26,19 +28,32 @@ OUTCOME = "outcome.json"  # in a run's folder
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: one of the four status words, its noised metrics, and a sentence where it did not complete."""
+    """How a run ended: one of the four status words, its noised metrics, and a sentence where it did not complete.
+
+    `rung`: where a scheduler stopped it, the steps after which it was what `metrics` say; 0 for a run that ended by
+    itself. What is released is then what it was at that rung, however much further its workers came before the stop
+    reached them.
+    """
 
     status: str
     metrics: dict[str, Any] = field(default_factory=dict)
     why: str = ""
+    rung: int = 0
 
     @property
     def closing(self) -> str:
         """How its lease ends: settled for good, or released, so that it may be resumed."""
-        return "settle" if self.status == COMPLETED else "release"
+        return "settle" if self.status == COMPLETED or self.rung else "release"
+
+    def weights(self, folder: Path) -> Path:
+        """The weights of the run in `folder` that have these metrics."""
+        return (rung_folder(folder, self.rung) if self.rung else folder) / WEIGHTS
 
     def keep(self, folder: Path) -> Outcome:
-        """Write it to the run's folder, whole or not at all; returns itself."""
+        """Write it to the run's folder, whole or not at all; returns what stands there. A stop at a rung is the last
+        word: what becomes of a driver that is being killed is no outcome of its run."""
+        if (said := Outcome.kept(folder)) and said.rung:
+            return said
         (folder / f".{OUTCOME}").write_text(json.dumps(asdict(self)), encoding="utf-8")
         os.replace(folder / f".{OUTCOME}", folder / OUTCOME)
         return self
@@ -71,8 +86,9 @@ def train(
         return Outcome(REFUSED, why=explain(answer.shortages, accounts)).keep(folder)
     outcome = Outcome(FAILED, why="it was interrupted; what was authorised is spent")
     try:
-        outcome = _fit(ledger, job, lease, folder, callbacks)
-        outcome.keep(folder)  # before the lease is settled: what is settled must be known to whoever goes on
+        outcome = _fit(ledger, job, lease, folder, callbacks).keep(
+            folder
+        )  # before the lease is settled: whoever goes on must know
     finally:
         client.close(lease, outcome.closing, outcome.status)
     return outcome
@@ -96,7 +112,7 @@ def _fit(ledger: str, job: Job, lease: str, folder: Path, callbacks: Sequence[An
         return Outcome(FAILED, why=reason(error))
     metrics = dict(result.metrics or {})
     status = metrics.pop("status", FAILED)
-    kept = {name: metrics[name] for name in ("accuracy", "accuracy_error", "correct", "wrong") if name in metrics}
+    kept = {name: metrics[name] for name in METRICS if name in metrics}
     why = "" if status == COMPLETED else "the budget could not pay for all of its steps"
     return Outcome(status, kept, why)
 

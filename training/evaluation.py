@@ -6,6 +6,7 @@ The un-noised counts exist for one line of this file and go nowhere else. The re
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from cluster.accounting.mechanisms import DiscreteGaussian
@@ -15,6 +16,23 @@ if TYPE_CHECKING:
     import torch
 
     from training.engine.sampling import Shard
+
+METRICS = ("accuracy", "accuracy_error", "correct", "wrong")  # what an evaluation releases, all of it noised
+PUBLIC = frozenset(("steps", "attempt", "status", *METRICS))  # what the report of a run may carry
+
+
+def only_public(report: Mapping[str, object]) -> None:
+    """Check that a run's report carries nothing but step counts as planned, status words and noised metrics, by name.
+
+    Raises:
+        PurserError: another key; what it stands for is not shown.
+    """
+    for key in report:
+        if key not in PUBLIC:
+            raise PurserError(
+                f"report: a run reported {str(key)[:40]!r}, which is neither public nor noised, so it was dropped "
+                f"and the run ended; a report may carry {', '.join(sorted(PUBLIC))}."
+            )
 
 
 def noised_accuracy(model: torch.nn.Module, shard: Shard, mechanism: DiscreteGaussian) -> dict[str, float]:
@@ -39,9 +57,11 @@ def noised_accuracy(model: torch.nn.Module, shard: Shard, mechanism: DiscreteGau
     rho = mechanism.l2_sensitivity**2 / (2 * mechanism.scale**2)
     if not release.map(float(mechanism.l2_sensitivity)) <= rho * (1 + 1e-9):
         raise PurserError("evaluation: OpenDP would add less noise than was charged for; nothing was released.")
+    training = model.training
     model.eval()
     with torch.no_grad():
         right = model(shard.features).argmax(1) == shard.labels if shard.units else torch.zeros(0, dtype=torch.bool)
+    model.train(training)  # at a rung the run goes on, and hooks see only a model that trains
     correct, wrong = release([int(right.sum()), int((~right).sum())])
     total = correct + wrong
     if total <= 0:

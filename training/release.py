@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 WEIGHTS = "weights.safetensors"
+METRICS = "metrics.json"  # of a rung
 LIBRARIES = ("purser", "torch", "opacus", "opendp", "ray")
 EXCLUDED = (
     "timing, memory use, crashes and out-of-memory stops are side channels outside the guarantee",
@@ -39,6 +40,27 @@ def write_weights(model: nn.Module, folder: Path) -> None:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / f".{WEIGHTS}")
     os.replace(folder / f".{WEIGHTS}", folder / WEIGHTS)
+
+
+def rung_folder(folder: Path, steps: int) -> Path:
+    """Where a run keeps what it was at the rung after `steps` steps."""
+    return folder / f"rung-{steps}"
+
+
+def keep_rung(model: nn.Module, folder: Path, steps: int, metrics: Mapping[str, Any]) -> None:
+    """Keep the noised parameters of `model` after `steps` steps of the run in `folder`, and the noised metrics that it
+    was judged to have."""
+    rung = rung_folder(folder, steps)
+    rung.mkdir(exist_ok=True)
+    write_weights(model, rung)
+    (rung / f".{METRICS}").write_text(json.dumps({"steps": steps, **metrics}), encoding="utf-8")
+    os.replace(rung / f".{METRICS}", rung / METRICS)
+
+
+def kept_rungs(folder: Path) -> list[dict[str, Any]]:
+    """The noised metrics of the run in `folder` at its rungs, each with its `steps`, in order."""
+    kept = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"rung-*/{METRICS}")]
+    return sorted(kept, key=lambda one: int(one["steps"]))
 
 
 def statement(

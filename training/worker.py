@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.accounting.actor import AccountantClient, connect
+from cluster.accounting.leases import Attempt
 from cluster.accounting.mechanisms import DiscreteGaussian
 from cluster.environment import code_hash
 from cluster.errors import PurserError, UsageError, without_content
@@ -25,9 +26,9 @@ from training import data
 from training.config import Job, parse
 from training.engine.sampling import Shard
 from training.engine.trainer import PrivateTrainer
-from training.evaluation import noised_accuracy
+from training.evaluation import noised_accuracy, only_public
 from training.models import rehearsed
-from training.release import write_weights
+from training.release import keep_rung, write_weights
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -102,19 +103,21 @@ class Rank:
 def _train(config: dict[str, Any]) -> None:
     rank = Rank.arrived(config)
     job, client, lease = rank.job, rank.client, config["lease"]
-    train_account, validation_account = job.accounts
+    train_account = job.accounts[0]
     trainer, _ = rehearsed(job)
     run = trainer.run
     table = rank.records()
     shard = rank.train_shard(table)
 
     done = _restore(trainer)
-    attempt = from_rank_0(lambda: client.open(lease, secrets.token_hex(16), done))
+    judged = sum(rung <= done for rung in job.rungs)
+    attempt = from_rank_0(lambda: client.open(lease, secrets.token_hex(16), done, judged))
     if attempt.charges != {charge.account: charge for charge in (run.charge(train_account), job.charges()[1])}:
         raise PurserError(
             "training: what would run is not what was reserved (another noise_multiplier, batch size, steps or "
             "evaluation.noise); nothing was charged."
         )
+    judge = Judge(rank, table, lease, attempt, Path(config["folder"]))
     block = 0
     ran = done
     while True:
@@ -124,20 +127,55 @@ def _train(config: dict[str, Any]) -> None:
         if grant is None:
             break
         trainer.steps(shard, grant.stop - grant.start)
-        ran = done + grant.stop
-        _report(trainer, {"steps": ran, "attempt": attempt.attempt}, rank.number)
+        before, ran = ran, done + grant.stop
+        # With the checkpoint of the same report: an attempt that goes on from it has these rungs behind it.
+        metrics = judge.at_rung(trainer, ran) if any(before < rung <= ran for rung in job.rungs) else {}
+        _report(trainer, {"steps": ran, "attempt": attempt.attempt, **metrics}, rank.number)
 
-    metrics: dict[str, Any] = {}
-    if rank.number == 0:
-        if ran and client.authorise(lease, attempt.epoch, validation_account, 1):
-            histogram = job.charges()[1].mechanism
-            assert isinstance(histogram, DiscreteGaussian)
-            metrics = noised_accuracy(trainer.model, rank.validation_shard(table), histogram)
-        if ran:
-            write_weights(trainer.unhook(), Path(config["folder"]))
+    metrics = judge.at_end(trainer) if ran else {}
     status = "completed" if ran >= run.steps else "stopped" if ran else "refused"
     # With a checkpoint, even if the last block has left one: Ray Train's result is the newest report that has one.
     _report(trainer, {"steps": ran, "attempt": attempt.attempt, "status": status, **metrics}, rank.number)
+
+
+class Judge:
+    """Judges one attempt's model on its rank 0: at each rung, and at the end. Every time is authorised first (P2).
+
+    What is left of the evaluations that the lease grants is kept for the end: a model without an accuracy is of no use.
+    """
+
+    def __init__(self, rank: Rank, table: data.Table, lease: str, attempt: Attempt, folder: Path) -> None:
+        self._rank, self._table, self._lease, self._attempt, self._folder = rank, table, lease, attempt, folder
+        self._account = rank.job.accounts[1]
+        self._times = 0
+
+    def at_rung(self, trainer: PrivateTrainer, steps: int) -> dict[str, Any]:
+        """The noised accuracy after `steps` steps, kept beside the weights that have it, so that a run which is stopped
+        here has a model to release; empty on other ranks, and where the budget pays for no more than the end."""
+        if self._rank.number != 0 or self._attempt.steps[self._account] - self._times <= 1:
+            return {}
+        metrics = self._release(trainer)
+        if metrics:
+            trainer.check_fixed()
+            keep_rung(trainer.model, self._folder, steps, metrics)
+        return metrics
+
+    def at_end(self, trainer: PrivateTrainer) -> dict[str, Any]:
+        """The noised accuracy of what is released, whose weights are written whether or not it could be paid for."""
+        if self._rank.number != 0:
+            return {}
+        metrics = self._release(trainer)
+        write_weights(trainer.unhook(), self._folder)
+        return metrics
+
+    def _release(self, trainer: PrivateTrainer) -> dict[str, Any]:
+        self._times += 1
+        job = self._rank.job
+        if not self._rank.client.authorise(self._lease, self._attempt.epoch, self._account, self._times):
+            return {}
+        histogram = job.charges()[1].mechanism
+        assert isinstance(histogram, DiscreteGaussian)
+        return noised_accuracy(trainer.model, self._rank.validation_shard(self._table), histogram)
 
 
 def _shard(encoded: data.Encoded) -> Shard:
@@ -165,6 +203,7 @@ def _restore(trainer: PrivateTrainer) -> int:
 
 
 def _report(trainer: PrivateTrainer, metrics: dict[str, Any], rank: int) -> None:
+    only_public(metrics)
     if rank != 0:
         ray.train.report(metrics)
         return

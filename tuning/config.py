@@ -9,31 +9,49 @@ import builtins
 import itertools
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from cluster.accounting.mechanisms import Charge
+from cluster.accounting.costs import least_noise, most_steps, price
+from cluster.accounting.mechanisms import NOISE_MULTIPLIER_BOUNDS, STEPS_BOUNDS, Charge
 from cluster.accounting.orders import selection_of
 from cluster.accounting.selection import POISSON
 from cluster.errors import UsageError
-from training.config import Job, Section
+from training.config import Count, Job, Section
 
 MOST_CORNERS = 256
 
 
-class Dimension(Section):
-    """One searched field: choice, uniform, loguniform or int, each between declared ends."""
+COSTLY = ("training.noise_multiplier", "training.steps", "training.expected_batch_size")  # they change a trial's cost
+SOLVABLE = COSTLY[:2]
 
+
+class Dimension(Section):
+    """One searched field: choice, uniform, loguniform or int, each between declared ends; or the word auto, for a field
+    that is not searched but solved: see `SweepJob.solved`."""
+
+    solve: Literal["auto"] | None = None
     choice: Annotated[tuple[Any, ...] | None, Field(min_length=1)] = None
     uniform: tuple[float, float] | None = None
     loguniform: tuple[float, float] | None = None
     int: tuple[builtins.int, builtins.int] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _word(cls, values: Any) -> Any:
+        if isinstance(values, str):
+            if values != "auto":
+                raise ValueError(f"{values!r} was given; write auto, or one of choice, uniform, loguniform, int")
+            return {"solve": values}
+        return values
+
     @model_validator(mode="after")
     def _checks(self) -> Dimension:
-        given = [name for name in ("choice", "uniform", "loguniform", "int") if getattr(self, name) is not None]
+        if self.solve and not (self.choice or self.uniform or self.loguniform or self.int):
+            return self
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError("give exactly one of choice, uniform, loguniform, int")
         ends = self.uniform or self.loguniform or self.int
@@ -82,40 +100,96 @@ class Repeats(Section):
         return POISSON if self.distribution == "poisson" else self.eta
 
 
+class Asha(Section):
+    """Rungs of asynchronous successive halving: after `grace_period` steps, by default one block, and then each time
+    after `reduction_factor` times as many; of the trials at a rung the better 1 in `reduction_factor` go on."""
+
+    grace_period: Count | None = None
+    reduction_factor: Literal[2, 3, 4] = 3
+
+
 class Tuning(Section):
     """How the sweep searches. Without a space there is one candidate: the job as it stands.
 
     In select mode every candidate is drawn from the space independently, those of a grid with equal chances.
+    `reserve_for_final`: the steps for which the winner is trained once more; held back before the first trial.
     """
 
     mode: Literal["filter", "select"] = "filter"
     trials: Annotated[int, Field(ge=1, le=10_000)] = 8
     space: dict[str, Dimension] = {}
-    search: Literal["random", "grid"] = "random"
-    scheduler: Literal["none"] = "none"
+    search: Literal["random", "grid", "optuna"] = "random"
+    scheduler: Literal["none", "asha"] = "none"
+    asha: Asha = Asha()
     repeats: Repeats = Repeats()
+    reserve_for_final: Annotated[int, Field(ge=0, le=STEPS_BOUNDS[1])] = 0
 
     @model_validator(mode="after")
     def _checks(self) -> Tuning:
-        if self.mode == "select" and self.trials < 2 and self.repeats.distribution != "poisson":
-            raise ValueError("trials: 1 was given; in select mode it is the mean of K, choose 2 or more")
+        solved = [name for name, dimension in self.space.items() if dimension.solve]
         for name, dimension in self.space.items():
             if not name.startswith(("training.", "model.")):
                 raise ValueError(f"space: {name} cannot be searched, only fields of training and model")
-            if self.mode == "select" and name in ("training.workers", "training.backend"):
-                raise ValueError(
-                    f"space: {name} cannot be searched in select mode, its worker groups serve any candidate"
-                )
-            if self.search == "grid" and dimension.choice is None:
+            if dimension.solve and name not in SOLVABLE:
+                raise ValueError(f"space: {name} cannot be auto, only {' or '.join(SOLVABLE)} can be solved for")
+            if self.search == "grid" and not dimension.solve and dimension.choice is None:
                 raise ValueError(f"space: {name} needs choice: [...] for search: grid, or use search: random")
+        if len(solved) > 1:
+            raise ValueError(f"space: {' and '.join(solved)} are both auto; only one of them can be solved for")
+        if self.mode == "select":
+            self._check_select()
         return self
 
     def drawn(self) -> dict[str, Any]:
-        """A candidate of the space at random, independent of all others; dotted field → value.
+        """A candidate of the space at random, independent of all others, without what is auto; field → value.
 
         These numbers are public or, in a selection, sealed: none of the engine's keys are used for them.
         """
-        return {name: dimension.at(secrets.randbits(53) / 2**53) for name, dimension in self.space.items()}
+        return {name: dimension.at(secrets.randbits(53) / 2**53) for name, dimension in self.searched.items()}
+
+    def _check_select(self) -> None:
+        """Candidates of a private selection are drawn alike and independently, and only the best is released."""
+        if self.trials < 2 and self.repeats.distribution != "poisson":
+            raise ValueError("trials: 1 was given; in select mode it is the mean of K, choose 2 or more")
+        for name in ("training.workers", "training.backend"):
+            if name in self.space:
+                raise ValueError(
+                    f"space: {name} cannot be searched in select mode, its worker groups serve any candidate"
+                )
+        if self.search == "optuna":
+            raise ValueError("search: optuna is adaptive: it learns from results; mode: select needs random or grid")
+        if self.scheduler != "none":
+            raise ValueError(
+                f"scheduler: {self.scheduler} lets trials decide on each other; mode: select needs scheduler: none"
+            )
+        if self.reserve_for_final:
+            raise ValueError(
+                "reserve_for_final: mode: select releases the best candidate itself; leave it out, or use mode: filter"
+            )
+        for name in COSTLY if self.solved else ():
+            if (dimension := self.searched.get(name)) and dimension.choice is None:
+                raise ValueError(
+                    f"space: {name} needs choice: [...] beside {self.solved}: auto in mode: select, which prices every "
+                    "candidate beforehand"
+                )
+
+    @property
+    def searched(self) -> dict[str, Dimension]:
+        """The dimensions that values are drawn for."""
+        return {name: dimension for name, dimension in self.space.items() if not dimension.solve}
+
+    @property
+    def solved(self) -> str | None:
+        """The field that is auto, if there is one."""
+        return next((name for name, dimension in self.space.items() if dimension.solve), None)
+
+    def rungs(self, job: Job) -> tuple[int, ...]:
+        """The steps at which ASHA judges a trial of `job`, all below its own."""
+        at, found = self.asha.grace_period or job.training.block, []
+        while at < job.training.steps:
+            found.append(at)
+            at *= self.asha.reduction_factor
+        return tuple(found)
 
 
 class SweepJob(Job):
@@ -123,27 +197,75 @@ class SweepJob(Job):
 
     tuning: Tuning = Tuning()
 
+    @model_validator(mode="after")
+    def _checks(self) -> SweepJob:
+        if self.evaluation.rungs and self.tuning.mode == "select":
+            raise ValueError("evaluation.rungs: mode: select releases one accuracy, of the best; leave rungs out")
+        if self.tuning.scheduler == "asha":
+            if self.evaluation.rungs:
+                raise ValueError("evaluation.rungs: tuning.asha says at which steps trials are judged; leave it out")
+            grace, block = self.tuning.asha.grace_period, self.training.block
+            if grace and grace % block:
+                raise ValueError(
+                    f"tuning.asha.grace_period: {grace} was given; trials are judged between two blocks, so it must be "
+                    f"a multiple of training.block = {block}"
+                )
+        return self
+
     @property
     def plain(self) -> Job:
         """The job of one run, without the sweep."""
         return Job.model_validate(self.model_dump(mode="json", exclude={"tuning"}))
 
     def candidate(self, values: dict[str, Any]) -> Job:
-        """The run of one trial.
+        """The run of one trial, with the rungs at which its scheduler judges it.
 
         Raises:
             UsageError: a value that the field does not allow, named.
         """
-        return self.plain.with_values(values)
+        run = self.plain.with_values(values)
+        if self.tuning.scheduler == "none":
+            return run
+        return run.with_values({"evaluation.rungs": list(self.tuning.rungs(run))})
 
-    def selection(self) -> list[Charge]:
+    def final(self, values: dict[str, Any]) -> Job:
+        """The run that trains the configuration `values` once more, after all trials."""
+        return self.plain.with_values({**values, "training.steps": self.tuning.reserve_for_final})
+
+    def solved(self, values: dict[str, Any], order: int | None) -> dict[str, Any]:
+        """`values` with the field that is auto solved, so that the candidate costs at `order` of the train account what
+        the job as it stands does, or less by no more than rounding. Without an order that field stays as it stands.
+
+        Raises:
+            UsageError: no value that the field may have is cheap enough.
+        """
+        name = self.tuning.solved
+        if name is None or order is None:
+            return values
+        allowed = price(self.plain.charges()[0], order)
+        charge = self.plain.with_values(values).charges()[0]
+        steps = name == "training.steps"
+        found = most_steps(charge, order, allowed) if steps else least_noise(charge, order, allowed)
+        if not found:
+            said = ", ".join(f"{key}={value}" for key, value in values.items()) or "the job as it stands"
+            most = "one step" if steps else f"even noise_multiplier {NOISE_MULTIPLIER_BOUNDS[1]:g}"
+            raise UsageError(
+                f"tuning.space: {name} is auto, but for {said} {most} costs more than the job as it stands "
+                "does; choose values nearer to the job's."
+            )
+        return {**values, name: found}
+
+    def selection(self, order: int | None = None) -> list[Charge]:
         """What select mode asks for, once, whatever K turns out to be: the best of K candidates, each any of the space,
         on train; and on validation the best of as many evaluations.
 
         The pointwise maximum over the space is that over its corners: RDP falls with noise_multiplier and rises with
         sample_rate and steps at every order, and nothing else that can be searched enters a cost.
+
+        Args:
+            order: of the train account, at which a field that is auto is solved.
         """
-        runs = [run.charges() for run in self.corners()]
+        runs = [run.charges() for run in self.corners(order)]
         tuning = self.tuning
         return [
             Charge(account, selection_of([run[i] for run in runs], tuning.trials, tuning.repeats.shape), 1, 1)
@@ -152,25 +274,49 @@ class SweepJob(Job):
 
     def grid(self) -> Iterator[dict[str, Any]]:
         """Every combination of the choices; the last dimension varies fastest."""
-        names = list(self.tuning.space)
-        for values in itertools.product(*(self.tuning.space[name].choice or () for name in names)):
+        names = list(self.tuning.searched)
+        for values in itertools.product(*(self.tuning.searched[name].choice or () for name in names)):
             yield dict(zip(names, values, strict=True))
 
-    def corners(self) -> list[Job]:
-        """Candidates at the extremes of the space and one within: cheapest and dearest are among them. All are checked.
+    def corners(self, order: int | None = None) -> list[Job]:
+        """The runs of `extremes`. All are checked.
 
         Raises:
             UsageError: a corner that is no valid run, or more corners than can be priced.
         """
-        names = list(self.tuning.space)
-        extremes = [self.tuning.space[name].extremes() for name in names]
+        return [self.candidate(values) for values in self.extremes(order)]
+
+    def extremes(self, order: int | None = None) -> list[dict[str, Any]]:
+        """Candidates at the extremes of the space and one within: cheapest and dearest are among them.
+
+        Args:
+            order: of the train account, at which a field that is auto is solved.
+        """
+        names = list(self.tuning.searched)
+        extremes = [self.tuning.searched[name].extremes() for name in names]
         if math.prod(map(len, extremes)) > MOST_CORNERS:
             raise UsageError(
                 f"tuning.space: it has {math.prod(map(len, extremes))} corners; at most {MOST_CORNERS} can be priced, "
                 "search fewer dimensions or choices."
             )
         inner = [
-            self.tuning.space[name].at(0.381966) for name in names
+            self.tuning.searched[name].at(0.381966) for name in names
         ]  # a fraction where whole numbers are needed shows
         runs = [dict(zip(names, values, strict=True)) for values in (*itertools.product(*extremes), inner)]
-        return [self.candidate(values) for values in runs]
+        return [self.solved(values, order) for values in runs]
+
+
+def dearest(runs: Sequence[Job], orders: Sequence[int]) -> list[Charge]:
+    """On each account the largest charge that one of `runs` makes, at the account's order."""
+    return [
+        max((run.charges()[i] for run in runs), key=lambda charge: price(charge, order))
+        for i, order in enumerate(orders)
+    ]
+
+
+def cheapest(runs: Sequence[Job], orders: Sequence[int]) -> list[Charge]:
+    """On each account the smallest charge that one of `runs` makes: where this does not fit, none of them does."""
+    return [
+        min((run.charges()[i] for run in runs), key=lambda charge: price(charge, order))
+        for i, order in enumerate(orders)
+    ]

@@ -44,7 +44,10 @@ def plan_table(plan: Plan) -> Table:
     row("one trial costs", lambda line: _range(line, cost))
     table.add_section()
     table.add_row("[bold]filter: every trial charged[/]")
-    row(f"{_all_trials(plan)} cost", lambda line: f"{_at_most(line)}{cost(line, line.filter_cost)}")
+    if tuning.reserve_for_final:
+        row("held for the final run", lambda line: cost(line, line.final_cost))
+    and_final = ", and the final run," if tuning.reserve_for_final else ""
+    row(f"{_all_trials(plan)}{and_final} cost", lambda line: f"{_at_most(line)}{cost(line, line.filter_cost)}")
     row("total ε", lambda line: f"{_at_most(line)}{epsilon_for_people(line.filter_epsilon)}")
     row("trials that fit", _fit)
     row("left afterwards", lambda line: _left(line, line.filter_cost))
@@ -173,7 +176,7 @@ def sweep_table(trials: Sequence[Trial], best: Trial | None, budget_cost: int) -
         cost = trial.charges.cost if trial.charges else 0
         colour = {"completed": "green", "refused": "yellow", "failed": "red"}.get(trial.outcome.status, "white")
         table.add_row(
-            f"{trial.number}" + (" ★" if trial is best else ""),
+            trial.label + (" ★" if trial is best else ""),
             *(
                 f"{trial.values[name]:g}" if isinstance(trial.values[name], float) else str(trial.values[name])
                 for name in names

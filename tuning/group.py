@@ -7,11 +7,12 @@ nothing is reported to Ray Train or printed, and an error says no more than its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cluster.accounting.costs import covers
-from cluster.accounting.mechanisms import Composition, DiscreteGaussian, RepeatAndSelect, to_json
+from cluster.accounting.mechanisms import Charge, Composition, DiscreteGaussian, RepeatAndSelect, to_json
 from cluster.errors import PurserError, without_content
 from training.config import Job, parse
 from training.engine.sampling import Shard
@@ -31,39 +32,40 @@ def group_worker(config: dict[str, Any]) -> None:
 def _select(config: dict[str, Any]) -> None:
     rank = Rank.arrived(config)
     job = parse(SweepJob, config["sweep"])
-    for run in _to_rehearse(job):
+    for run in _to_rehearse(job, config["order"]):
         rehearsed(run.model_copy(update={"data": rank.job.data}))
     table = rank.records()
     train, validation = rank.train_shard(table), rank.validation_shard(table) if rank.number == 0 else None
-    from_rank_0(lambda: _pay(rank, job, config["lease"], config["epoch"]))
+    charges = job.selection(config["order"])
+    from_rank_0(lambda: _pay(rank, charges, config["lease"], config["epoch"]))
     sealed = Sealed(Path(config["folder"]))
     while (candidate := from_rank_0(sealed.claim)) is not None:
         failure = None
         try:
-            _run(rank, job, candidate, sealed, train, validation)
+            _run(rank, charges, candidate, sealed, train, validation)
         except Exception as error:  # noqa: BLE001 (even our own sentences would tell what the candidate was)
             failure = without_content(error)
         if failure is not None:
             raise PurserError(f"select: a worker failed while it trained ({failure}); what was authorised is spent.")
 
 
-def _to_rehearse(job: SweepJob) -> list[Job]:
+def _to_rehearse(job: SweepJob, order: int) -> list[Job]:
     """One corner of the space for each model and each way to run it: whatever else differs, the same is rehearsed."""
     alike = {"noise_multiplier", "max_grad_norm", "steps", "block", "optimizer"}
     runs = {}
-    for run in job.corners():
+    for run in job.corners(order):
         how = run.training.model_dump(mode="json", exclude=alike) | {"optimizer": run.training.optimizer.name}
         runs[str((run.model.model_dump(mode="json"), how))] = run
     return list(runs.values())
 
 
-def _pay(rank: Rank, job: SweepJob, lease: str, epoch: int) -> None:
+def _pay(rank: Rank, charges: Sequence[Charge], lease: str, epoch: int) -> None:
     """Have the one block of each account authorised; the same again for every group and every start changes nothing.
 
     Raises:
         PurserError: the lease is over, or what it holds is not this job's selection; nothing runs.
     """
-    for charge in job.selection():
+    for charge in charges:
         grant = rank.client.authorise(lease, epoch, charge.account, 1)
         paid = [entry["mechanism"] for entry in rank.client.charged(lease, charge.account)]
         if grant is None or any(mechanism != to_json(charge.mechanism) for mechanism in paid):
@@ -71,11 +73,11 @@ def _pay(rank: Rank, job: SweepJob, lease: str, epoch: int) -> None:
 
 
 def _run(
-    rank: Rank, job: SweepJob, candidate: Candidate, sealed: Sealed, train: Shard, validation: Shard | None
+    rank: Rank, charges: Sequence[Charge], candidate: Candidate, sealed: Sealed, train: Shard, validation: Shard | None
 ) -> None:
     run = rank.job.with_values(candidate.values)
     trainer, _ = rehearsed(run)
-    on_train, on_validation = (charge.mechanism for charge in job.selection())
+    on_train, on_validation = (charge.mechanism for charge in charges)
     assert isinstance(on_train, RepeatAndSelect)
     assert isinstance(on_validation, RepeatAndSelect)
     step, histogram = (charge.mechanism for charge in (trainer.run.charge(run.accounts[0]), run.charges()[1]))

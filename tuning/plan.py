@@ -32,7 +32,8 @@ MOST_TRIALS = 10_000  # that may be asked for: the bound of tuning.trials
 class Line:
     """One account's part of a plan. Costs are RDP at `order` in units of 1e-12.
 
-    `filter_…` is of all trials of filter mode, each of them charged; `select_…` is of one private selection among
+    `filter_…` is of all trials of filter mode, each of them charged, and of the final run; `final_cost` is what is held
+    back for that run, 0 without one; `select_…` is of one private selection among
     `tuning.trials` candidates in the mean, whatever K turns out to be. Not `filter_exact`: trials that differ in price
     are drawn at random, and all of them cost no more than this. `…_epsilon` is of the job alone. `…_left` is the
     share of the budget that is left afterwards, None where it does not fit. `…_least_epsilon` counts what is already
@@ -49,6 +50,7 @@ class Line:
     trial_cost_most: int
     trials_that_fit: int
     trials_that_fit_least: int
+    final_cost: int
     filter_cost: int
     filter_exact: bool
     filter_epsilon: float
@@ -92,6 +94,7 @@ class Plan:
             "trial_cost": train.trial_cost,
             "trials_that_fit": min(line.trials_that_fit for line in lines),
             "filter_trials": self.filter_trials,
+            "final_cost": train.final_cost,
             "filter_cost": train.filter_cost,
             "filter_epsilon": max(line.filter_epsilon for line in lines),
             "filter_left": _smallest([line.filter_left for line in lines]),
@@ -107,16 +110,22 @@ class Plan:
         }
 
 
-def candidates(job: SweepJob) -> list[Job]:
-    """The runs that the plan is made for: the grid in its order, else the corners of the space."""
+def candidates(job: SweepJob, order: int | None = None) -> list[Job]:
+    """The runs that the plan is made for: the grid in its order, else the corners of the space.
+
+    Args:
+        order: of the train account, at which a field that is auto is solved.
+    """
     if _in_order(job):
-        return [job.candidate(values) for values, _ in zip(job.grid(), range(job.tuning.trials), strict=False)]
-    return job.corners()
+        grid = zip(job.grid(), range(job.tuning.trials), strict=False)
+        return [job.candidate(job.solved(values, order)) for values, _ in grid]
+    return job.corners(order)
 
 
 def planned(job: SweepJob) -> dict[str, list[Charge]]:
     """account → the charges by which the order of a new account is chosen: the job as it stands, every corner of its
-    space, and the candidates that come first; in select mode the selection, which is all that it will pay for."""
+    space, and the candidates that come first; in select mode the selection, which is all that it will pay for. A field
+    that is auto stays as it stands: it is solved at that order."""
     if job.tuning.mode == "select":
         return plans_of([job.selection()])
     return plans_of([run.charges() for run in (job.plain, *job.corners(), *candidates(job))])
@@ -132,22 +141,18 @@ def make(books: Books, job: SweepJob) -> Plan:
     exists = books.exists(job.account)
     if exists:
         books.check_terms(job.dataset(), job.privacy.epsilon, job.privacy.delta)
-    pool, runs, plans = job.corners(), candidates(job), planned(job)
-    lines = []
+    plans = planned(job)
+    chosen = {name: _chooser(job, plans[name]) for name in job.accounts}
+    at = {name: books.show(name).order if exists else chosen[name](job.privacy.epsilon) for name in job.accounts}
+    first = at[job.accounts[0]]
+    runs, lines = candidates(job, first), []
     for i, name in enumerate(job.accounts):
-        asked = _Asked(
-            runs=[run.charges()[i] for run in runs],
-            pool=list(dict.fromkeys(run.charges()[i] for run in pool)),
-            in_order=_in_order(job),
-            trials=job.tuning.trials,
-            shape=job.tuning.repeats.shape,
-        )
-        choose = _chooser(job, plans[name])
+        asked = _asked(job, i, first)
+        choose, order = chosen[name], at[name]
         if exists:
             account = books.show(name)
-            order, budget, remaining = account.order, account.budget_cost, account.remaining_cost
+            budget, remaining = account.budget_cost, account.remaining_cost
         else:
-            order = choose(job.privacy.epsilon)
             budget = remaining = budget_cost(job.privacy.epsilon, job.privacy.delta, order)
         lines.append(_line(name, asked, order, budget, remaining, job.privacy.delta, None if exists else choose))
     p99 = _p99(job.tuning.trials, job.tuning.repeats.shape)
@@ -172,27 +177,35 @@ class _Asked:
     """What a job asks of one account.
 
     Args:
-        runs: the charge of each trial of filter mode: one after the other where `in_order`, else any of them may come.
+        runs: order → the charge of each trial of filter mode, which depends on the order where a field is auto: one
+            after the other where `in_order`, else any of them may come.
         pool: the different charges that a selection may draw from: the whole space.
+        last: order → the charges that a final run after the trials may make; none where there is none.
         shape: of the distribution of K.
     """
 
-    runs: Sequence[Charge]
+    runs: Callable[[int], Sequence[Charge]]
     pool: Sequence[Charge]
+    last: Callable[[int], Sequence[Charge]]
     in_order: bool
     trials: int
     shape: float
 
     def prices(self, order: int) -> list[int]:
-        return [price(charge, order) for charge in self.runs]
+        return [price(charge, order) for charge in self.runs(order)]
+
+    def final_cost(self, order: int) -> int:
+        """What is held back for the final run: the price of the dearest."""
+        return max((price(charge, order) for charge in self.last(order)), default=0)
 
     def filter_cost(self, order: int, trials: int) -> int:
-        """Of the first `trials` of the grid, which begins again at its end; of drawn trials no more than this."""
-        prices = self.prices(order)
+        """Of the first `trials` of the grid, which begins again at its end; of drawn trials no more than this; and of
+        the final run no more than is held back."""
+        prices, final = self.prices(order), self.final_cost(order)
         if not self.in_order:
-            return max(prices) * trials
+            return max(prices) * trials + final
         rounds, rest = divmod(trials, len(prices))
-        return rounds * sum(prices) + sum(prices[:rest])
+        return rounds * sum(prices) + sum(prices[:rest]) + final
 
     def select_cost(self, order: int, mean_trials: int) -> int | None:
         try:
@@ -208,6 +221,33 @@ class _Asked:
         return "more than the ledger holds"
 
 
+def _asked(job: SweepJob, i: int, first: int) -> _Asked:
+    """What `job` asks of its account number `i`; `first` is the order of its train account."""
+
+    def at(order: int) -> int:  # on train whatever order is asked about; on validation, what is solved on train
+        return order if i == 0 else first
+
+    @functools.cache
+    def runs(order: int) -> list[Charge]:
+        return [run.charges()[i] for run in candidates(job, order)]
+
+    @functools.cache
+    def last(order: int) -> list[Charge]:
+        finals = job.extremes(order) if job.tuning.reserve_for_final else []
+        return [job.final(values).charges()[i] for values in finals]
+
+    # A private selection has no scheduler, and so no rungs.
+    unscheduled = job.model_copy(update={"tuning": job.tuning.model_copy(update={"scheduler": "none"})})
+    return _Asked(
+        runs=lambda order: runs(at(order)),
+        pool=list(dict.fromkeys(run.charges()[i] for run in unscheduled.corners(first))),
+        last=lambda order: last(at(order)),
+        in_order=_in_order(job),
+        trials=job.tuning.trials,
+        shape=job.tuning.repeats.shape,
+    )
+
+
 def _line(
     name: str,
     asked: _Asked,
@@ -221,6 +261,7 @@ def _line(
     prices = asked.prices(order)
     mean, most = math.ceil(sum(prices) / len(prices)), max(prices)
     trials = len(prices) if asked.in_order else asked.trials
+    final = asked.final_cost(order)
     whole, select = asked.filter_cost(order, trials), asked.select_cost(order, asked.trials)
 
     def epsilon(cost: int | None) -> float | None:
@@ -236,9 +277,9 @@ def _line(
         return None if alone is None else _least(budget - remaining + alone, delta, order)
 
     if asked.in_order:
-        fit = at_least = _fit_in_order(prices, remaining)
+        fit = at_least = _fit_in_order(prices, remaining - final)
     else:
-        fit, at_least = remaining // mean, remaining // most
+        fit, at_least = (max(0, remaining - final) // one for one in (mean, most))
     return Line(
         account=name,
         order=order,
@@ -249,8 +290,10 @@ def _line(
         trial_cost_most=most,
         trials_that_fit=fit,
         trials_that_fit_least=at_least,
+        final_cost=final,
         filter_cost=whole,
-        filter_exact=asked.in_order or min(prices) == most,
+        filter_exact=(asked.in_order or min(prices) == most)
+        and len({price(one, order) for one in asked.last(order)}) < 2,
         filter_epsilon=epsilon_of(whole, delta, order),
         filter_left=left(whole),
         filter_least_epsilon=least(lambda at: _or_none(lambda: asked.filter_cost(at, trials))),

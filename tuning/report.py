@@ -49,6 +49,7 @@ def sweep_report(
     best: Trial | None,
     statement: Mapping[str, Any] | None = None,
     why: str = "",
+    final: Trial | None = None,
     selection: Sequence[tuple[str, object]] = (),
 ) -> str:
     """The page of the sweep called `name`.
@@ -61,13 +62,15 @@ def sweep_report(
         best: the one that was released, or None.
         statement: what `training.release.statement` said of it, or None.
         why: a sentence on why trials did not run, or empty.
+        final: the final run of the best, where there is one.
         selection: for select mode, the facts of the selection in place of any trial's: `trials` then is what was paid
             for as a whole, with the winner's values if there is one.
 
     Raises:
         PurserError: the accounts and the trials' charges contradict each other, so that a page would be wrong.
     """
-    splits = [_split(old, new, trials) for old, new in zip(before, after, strict=True)]
+    shown = [*trials, final] if final else list(trials)
+    splits = [_split(old, new, shown) for old, new in zip(before, after, strict=True)]
     train = after[0]
     body = (
         tag("h1", "Privacy report of sweep ", name),
@@ -76,7 +79,7 @@ def sweep_report(
         headed("Budget", *(_account(*one) for one in zip(before, after, splits, strict=True))),
         headed("The selection", definitions(selection)) if selection else "",
         "" if selection else headed("Utility against cost", _figure(trials, best, train)),
-        "" if selection else headed("Trials", _trials(after, trials, best), _shared(trials)),
+        "" if selection else headed("Trials", _trials(after, shown, best), _shared(trials)),
         headed("Privacy statement of the released model", *_statement(statement)),
         headed("The ledger’s heads", *_heads(before, after)),
         headed("Not covered", items(f"{line}." for line in (statement or {}).get("excluded", EXCLUDED))),
@@ -271,7 +274,7 @@ def _trials(accounts: Sequence[Account], trials: Sequence[Trial], best: Trial | 
         colour = {"class_": status} if status in ("completed", "stopped", "refused", "failed") else {}
         rows.append(
             [
-                tag("span", f"{trial.number} ★ best", class_="whole") if trial is best else trial.number,
+                tag("span", f"{trial.label} ★ best", class_="whole") if trial is best else trial.label,
                 *(_value(trial.values.get(name, _NONE)) for name in names),
                 Markup(tag("span", status, **colour) + (tag("small", why) if why else "")),
                 f"{trial.charges.steps if trial.charges else 0} of {trial.job.training.steps}",

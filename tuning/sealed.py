@@ -73,12 +73,16 @@ class Sealed:
             )
         return True
 
-    def draw(self, job: SweepJob) -> None:
-        """Draw K and as many candidates, from the operating system's entropy; for after the price is reserved."""
+    def draw(self, job: SweepJob, order: int | None = None) -> None:
+        """Draw K and as many candidates, from the operating system's entropy; for after the price is reserved.
+
+        Args:
+            order: of the train account, at which a field that is auto is solved.
+        """
         mechanism = job.selection()[0].mechanism
         assert isinstance(mechanism, RepeatAndSelect)
         count = draw(mechanism.repetitions)
-        queue = [{"values": job.tuning.drawn(), "tag": secrets.token_hex(16)} for _ in range(count)]
+        queue = [{"values": job.solved(job.tuning.drawn(), order), "tag": secrets.token_hex(16)} for _ in range(count)]
         self.folder.mkdir(mode=0o700, exist_ok=True)
         whole = {"job": _hash(job), "candidates": queue}
         (self.folder / f".{_QUEUE}").write_text(json.dumps(whole), encoding="utf-8")

@@ -18,8 +18,9 @@ from typing import Any
 
 from cluster import environment
 from cluster.accounting.actor import AccountantClient
+from cluster.accounting.answers import explain
 from cluster.accounting.books import Account, Books
-from cluster.accounting.leases import Leases, explain
+from cluster.accounting.leases import Leases
 from cluster.accounting.ledger import Ledger
 from cluster.accounting.mechanisms import Charge
 from cluster.accounting.presence import Presence
@@ -69,7 +70,6 @@ def select(job: SweepJob, screen: Screen, resume: str | None = None) -> dict[str
         UsageError: the job, its space or its source is not what the account allows, or there is no such sweep; nothing
             was charged.
     """
-    charges = job.selection()
     ledger = Ledger(environment.ledger_url())
     books = Books(ledger)
     accounts, made = admit(books, job.plain, planned(job), job.tuning.trials)
@@ -79,16 +79,17 @@ def select(job: SweepJob, screen: Screen, resume: str | None = None) -> dict[str
     if resume is None:
         (folder / "job.json").write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
     greet(screen, ledger.place, accounts, made)
+    order = accounts[0].order
     leases = Leases(books, Presence(ledger).is_alive)
     leases.expire_dead()
     lease, sealed = f"{name}-select", Sealed(folder)
     outcome, winner = Outcome(COMPLETED), Winner.kept(folder)
     if winner is None:
-        answer = leases.reserve(lease, name, charges)
+        answer = leases.reserve(lease, name, job.selection(order))
         if answer.fits:
             if not sealed.drawn_for(job):
-                sealed.draw(job)
-            outcome = _run(job, ledger, books, lease, name, folder, screen)
+                sealed.draw(job, order)
+            outcome = _run(job, order, books, lease, name, folder, screen)
         else:
             least = make(books, job).as_json()["select_trials_that_fit"]
             offer = f" What would fit: tuning.trials={least}." if least and least > 1 else ""
@@ -110,7 +111,7 @@ def select(job: SweepJob, screen: Screen, resume: str | None = None) -> dict[str
     return result
 
 
-def _run(job: SweepJob, ledger: Ledger, books: Books, lease: str, name: str, folder: Path, screen: Screen) -> Outcome:
+def _run(job: SweepJob, order: int, books: Books, lease: str, name: str, folder: Path, screen: Screen) -> Outcome:
     log = folder / "log.txt"
     screen.say(
         f"Selection {name}: {job.tuning.trials} candidates in the mean, only the best of them will be seen. It is paid "
@@ -121,15 +122,15 @@ def _run(job: SweepJob, ledger: Ledger, books: Books, lease: str, name: str, fol
         from cluster.session import local_ray
 
         with local_ray(folder) as dashboard:
-            client = start(ledger.url)
+            client = start(books.ledger.url)
             screen.say(f"Ray is up, its dashboard is at http://{dashboard}; the workers are starting.")
             with client.holding(name):
                 paid = all(books.charged(lease, account) for account in job.accounts)  # before an interruption
-                epoch = client.epoch(lease) if paid else _open(client, lease, job.selection())
+                epoch = client.epoch(lease) if paid else _open(client, lease, job.selection(order))
                 if epoch is None:
                     client.close(lease, "release", REFUSED)
                     return Outcome(REFUSED, why="others have spent the budget meanwhile; nothing was spent by this.")
-                return _groups(job, ledger.identity, lease, epoch, folder)
+                return _groups(job, order, books.ledger.identity, lease, epoch, folder)
 
 
 def _open(client: AccountantClient, lease: str, charges: list[Charge]) -> int | None:
@@ -140,7 +141,7 @@ def _open(client: AccountantClient, lease: str, charges: list[Charge]) -> int | 
     return attempt.epoch if all(attempt.steps[charge.account] == 1 for charge in charges) else None
 
 
-def _groups(job: SweepJob, ledger: str, lease: str, epoch: int, folder: Path) -> Outcome:
+def _groups(job: SweepJob, order: int, ledger: str, lease: str, epoch: int, folder: Path) -> Outcome:
     """Run the worker groups until the queue is empty: as many as the machine holds, however many candidates wait."""
     import ray
 
@@ -155,6 +156,7 @@ def _groups(job: SweepJob, ledger: str, lease: str, epoch: int, folder: Path) ->
         "sweep": job.model_dump(mode="json"),
         "lease": lease,
         "epoch": epoch,
+        "order": order,
         "ledger": ledger,
         "folder": str(folder),
         "code": environment.code_hash(),

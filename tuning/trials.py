@@ -4,21 +4,25 @@ noised."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.accounting.answers import Answer, explain
+from cluster.accounting.books import Account
 from cluster.errors import UsageError
 from training.config import Job
 from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Charged, Outcome
+from tuning.config import SweepJob
 
 CANDIDATES = "candidates.json"  # in a sweep's folder: drawn once, so that a resumed sweep has the same
 
 
 @dataclass
 class Trial:
-    """One candidate of the sweep and how it ended."""
+    """One candidate of the sweep and how it ended. Number 0 is the final run of the best."""
 
     number: int
     lease: str
@@ -27,6 +31,11 @@ class Trial:
     outcome: Outcome = field(default_factory=lambda: Outcome(FAILED, why="it was interrupted before it ended"))
     steps: int = 0
     charges: Charged | None = None
+
+    @property
+    def label(self) -> str:
+        """What it is called on a screen or a page."""
+        return str(self.number) if self.number else "final"
 
     @property
     def over(self) -> bool:
@@ -39,6 +48,16 @@ def lease_of(sweep: str, number: int) -> str:
     return f"{sweep}-{number:02d}"
 
 
+def trials_of(job: SweepJob, name: str, folder: Path) -> list[Trial]:
+    """The candidates of the sweep called `name`, each with how it ended if it did."""
+    trials = []
+    for number, values in enumerate(kept_candidates(folder), start=1):
+        trial = Trial(number, lease_of(name, number), values, job.candidate(values))
+        trial.outcome = Outcome.kept(trial_folder(folder, number)) or trial.outcome
+        trials.append(trial)
+    return trials
+
+
 def trial_folder(folder: Path, number: int) -> Path:
     """Where a trial keeps its weights and checkpoints, made if need be."""
     path = folder / "trials" / f"{number:02d}"
@@ -47,8 +66,18 @@ def trial_folder(folder: Path, number: int) -> Path:
 
 
 def keep_candidates(folder: Path, candidates: Sequence[dict[str, Any]]) -> None:
-    """Write what a sweep will try, before any of it is asked for."""
-    (folder / CANDIDATES).write_text(json.dumps(list(candidates), indent=1) + "\n", encoding="utf-8")
+    """Write what a sweep will try, before any of it is asked for; with Optuna, what it drew so far."""
+    write_whole(folder / CANDIDATES, json.dumps(list(candidates), indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there whole and durably, or as it was."""
+    draft = path.with_name(f".{path.name}")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
 
 
 def kept_candidates(folder: Path) -> list[dict[str, Any]]:
@@ -71,10 +100,23 @@ def score(metrics: Mapping[str, Any]) -> float:
     return float(metrics["accuracy"])
 
 
-def best_of(trials: list[Trial]) -> Trial | None:
+def best_of(trials: Sequence[Trial]) -> Trial | None:
     """The trial with the highest score among those that have weights to release."""
     finished = [t for t in trials if t.outcome.status in (COMPLETED, STOPPED) and t.outcome.metrics]
     return max(finished, key=lambda trial: score(trial.outcome.metrics), default=None)
+
+
+def nothing_left(answer: Answer, accounts: Sequence[Account]) -> str:
+    """Why a sweep ends by itself."""
+    asked = explain(answer.shortages, accounts)
+    return f"nothing in the space can be paid any more: for the cheapest candidate, {asked}"
+
+
+def refuse_rest(folder: Path, trials: Sequence[Trial], why: str) -> None:
+    """Refuse what was not asked for yet, without an entry of its own in the ledger."""
+    for trial in trials:
+        if not trial.over:
+            trial.outcome = Outcome(REFUSED, why=why).keep(trial_folder(folder, trial.number))
 
 
 def said(values: dict[str, Any]) -> str:

@@ -17,8 +17,9 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
+from cluster.accounting.answers import Answer
 from cluster.accounting.books import Account, Books
-from cluster.accounting.leases import PROTOCOL, Answer, Attempt, Grant, Leases
+from cluster.accounting.leases import PROTOCOL, Attempt, Grant, Leases
 from cluster.accounting.ledger import Ledger
 from cluster.accounting.mechanisms import Charge
 from cluster.accounting.presence import BEAT, GRACE, Presence
@@ -73,15 +74,15 @@ class Accountant:
         """Read only: would these be granted now?"""
         return self._leases.fits(charges)
 
-    def reserve(self, lease: str, by: str, charges: Sequence[Charge]) -> Answer:
+    def reserve(self, lease: str, by: str, charges: Sequence[Charge], instead_of: str | None) -> Answer:
         """Reserve on all accounts or none; leases of dead holders are closed first where room is short."""
         if not self._leases.fits(charges).fits:
             self._leases.expire_dead()
-        return self._leases.reserve(lease, by, charges)
+        return self._leases.reserve(lease, by, charges, instead_of)
 
-    def open(self, lease: str, nonce: str, done: int) -> Attempt:
+    def open(self, lease: str, nonce: str, done: int, judged: int) -> Attempt:
         """Begin a new attempt."""
-        return self._leases.open(lease, nonce, done)
+        return self._leases.open(lease, nonce, done, judged)
 
     def authorise(self, lease: str, epoch: int, account: str, block: int) -> tuple[int, int, int] | None:
         """Charge a block before it runs; a plain tuple, since this is the call that is made all the time."""
@@ -201,14 +202,14 @@ class AccountantClient:
         answer: Answer = self._call("fits", charges)
         return answer
 
-    def reserve(self, lease: str, by: str, charges: Sequence[Charge]) -> Answer:
+    def reserve(self, lease: str, by: str, charges: Sequence[Charge], instead_of: str | None = None) -> Answer:
         """See `Leases.reserve`."""
-        answer: Answer = self._call("reserve", lease, by, charges)
+        answer: Answer = self._call("reserve", lease, by, charges, instead_of)
         return answer
 
-    def open(self, lease: str, nonce: str, done: int) -> Attempt:
+    def open(self, lease: str, nonce: str, done: int, judged: int = 0) -> Attempt:
         """See `Leases.open`."""
-        attempt: Attempt = self._call("open", lease, nonce, done)
+        attempt: Attempt = self._call("open", lease, nonce, done, judged)
         return attempt
 
     def authorise(self, lease: str, epoch: int, account: str, block: int) -> Grant | None:

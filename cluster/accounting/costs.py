@@ -18,6 +18,7 @@ from fractions import Fraction
 
 from cluster.accounting.mechanisms import (
     NOISE_MULTIPLIER_BOUNDS,
+    STEPS_BOUNDS,
     Charge,
     Composition,
     DiscreteGaussian,
@@ -340,3 +341,31 @@ def least_noise_multiplier(charge: Charge, order: int, available: int) -> float 
         low, high = (low, middle) if price(changed, order) <= available else (middle, high)
     digits = 2 - math.floor(math.log10(high))
     return math.ceil(high * 10**digits) / 10**digits
+
+
+def most_steps(charge: Charge, order: int, available: int) -> int:
+    """The most steps of `charge` whose price is within `available`; unlike `affordable_steps` beyond its plan."""
+    bound = available * FINE // step_cost(charge.mechanism, order) + 1  # beyond it no rounding helps
+    return affordable_steps(charge, order, available, min(bound, STEPS_BOUNDS[1]))
+
+
+def least_noise(charge: Charge, order: int, available: int) -> float | None:
+    """The least noise_multiplier, in thousandths, at which all of `charge` fits in `available`; None if there is none.
+    Unlike `least_noise_multiplier` it may be below the charge's own."""
+    assert isinstance(charge.mechanism, PoissonSubsampledGaussian)
+    low, high = (round(1000 * bound) for bound in NOISE_MULTIPLIER_BOUNDS)
+    if not _fits_with(charge, high, order, available):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _fits_with(charge, middle, order, available) else (middle + 1, high)
+    return high / 1000
+
+
+def _fits_with(charge: Charge, thousandths: int, order: int, available: int) -> bool:
+    assert isinstance(charge.mechanism, PoissonSubsampledGaussian)
+    changed = replace(charge, mechanism=replace(charge.mechanism, noise_multiplier=thousandths / 1000))
+    try:
+        return price(changed, order) <= available
+    except UsageError:  # so little noise that no ledger could hold the cost
+        return False

@@ -14,38 +14,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.accounting.books import Account, Books
+from cluster.accounting.answers import Answer, Shortage
+from cluster.accounting.books import Books
 from cluster.accounting.costs import affordable_steps, block_cost, price
 from cluster.accounting.mechanisms import STEPS_BOUNDS, Charge, whole
 from cluster.accounting.views import Draft, View
 from cluster.errors import PurserError, UsageError
 
-PROTOCOL = 3  # of the calls between a run and its accountant; both sides must speak the same
+PROTOCOL = 4  # of the calls between a run and its accountant; both sides must speak the same
 CLOSING = ("settle", "release", "expire")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-
-
-@dataclass(frozen=True)
-class Shortage:
-    """What one account lacks for a request, in units of cost."""
-
-    account: str
-    asked: int
-    remaining: int
-    reserved: int
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Whether a request fits. `may_fit_later`: others' reservations, if released, could still make room."""
-
-    fits: bool
-    shortages: tuple[Shortage, ...] = ()
-
-    @property
-    def may_fit_later(self) -> bool:
-        """Whether releasing every reservation would be enough."""
-        return all(s.asked <= s.remaining + s.reserved for s in self.shortages)
 
 
 @dataclass(frozen=True)
@@ -122,11 +100,15 @@ class Leases:
                 shortages.append(Shortage(account.account, asked, account.remaining_cost, account.reserved_cost))
         return Answer(not shortages, tuple(shortages))
 
-    def reserve(self, lease: str, by: str, charges: Sequence[Charge]) -> Answer:
+    def reserve(self, lease: str, by: str, charges: Sequence[Charge], instead_of: str | None = None) -> Answer:
         """Reserve the whole price of `charges`, on all accounts or on none; a refusal is written once per lease.
 
+        Args:
+            instead_of: a lease that is settled in the same transaction, so that nobody else can take the room that it
+                held; also where the answer is a refusal.
+
         Raises:
-            UsageError: two charges on one account, or a lease of this name with other charges.
+            UsageError: two charges on one account, a lease of this name with other charges, or no lease `instead_of`.
         """
         for field, name in (("lease", lease), ("by", by)):  # parts of keys, and names of files
             if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -134,7 +116,13 @@ class Leases:
         ordered = sorted(charges, key=lambda charge: charge.account)
         if len({charge.account for charge in ordered}) != len(ordered) or not ordered:
             raise UsageError(f"lease {lease}: it needs one charge for each of its accounts.")
-        return self.ledger.write(lambda draft: self._reserve(draft, lease, by, ordered))
+
+        def act(draft: Draft) -> Answer:
+            if instead_of is not None:
+                self._close(draft, instead_of, "settle", f"it made room for {lease}")
+            return self._reserve(draft, lease, by, ordered)
+
+        return self.ledger.write(act)
 
     def _reserve(self, draft: Draft, lease: str, by: str, charges: Sequence[Charge]) -> Answer:
         taken = draft.accounts_of_lease(lease)
@@ -165,7 +153,7 @@ class Leases:
             )
         return answer
 
-    def open(self, lease: str, nonce: str, done: int = 0) -> Attempt:
+    def open(self, lease: str, nonce: str, done: int = 0, judged: int = 0) -> Attempt:
         """Begin a new attempt of `lease` and fence every earlier one off.
 
         Tops the reservation up by what a dead attempt burnt; what cannot be afforded is cut from the plan.
@@ -173,19 +161,20 @@ class Leases:
         Args:
             nonce: drawn by the caller and held in its memory only: one epoch is never given to two processes.
             done: steps already in the checkpoint that this attempt starts from.
+            judged: evaluations that were released on the way there, and are not made again.
 
         Raises:
-            UsageError: the lease is settled, or `done` is no number of steps of its plan.
+            UsageError: the lease is settled, or `done` or `judged` is no number of steps of its plan.
         """
-        return self.ledger.write(lambda draft: self._open(draft, lease, nonce, done))
+        return self.ledger.write(lambda draft: self._open(draft, lease, nonce, done, judged))
 
-    def _open(self, draft: Draft, lease: str, nonce: str, done: int) -> Attempt:
+    def _open(self, draft: Draft, lease: str, nonce: str, done: int, judged: int) -> Attempt:
         states = {name: self._state(draft, lease, name) for name in self._accounts(draft, lease)}
         for name, state in states.items():
             if state.settled:
                 raise UsageError(f"lease {lease}: it is settled; start a new run.")
-            if name.endswith("/train"):
-                whole("done", done, 0, state.charge.steps)
+            field, behind = ("done", done) if name.endswith("/train") else ("judged", judged)
+            whole(field, behind, 0, state.charge.steps)
         steps: dict[str, int] = {}
         attempt = epoch = 0
         for name, state in states.items():
@@ -196,11 +185,11 @@ class Leases:
                 steps[name], attempt, epoch = body["granted"], again["attempt"], body["epoch"]
                 continue
             account = self.books.read(draft, name)
-            wanted = state.charge.steps - done if name.endswith("/train") else state.charge.steps
+            wanted = state.charge.steps - (done if name.endswith("/train") else judged)
             have = state.reserved + account.remaining_cost
             granted = wanted if state.reserved and not state.attempt else 0
             if not granted:
-                granted = affordable_steps(state.charge, account.order, have, max(0, wanted))
+                granted = affordable_steps(state.charge, account.order, have, wanted)
             top_up = max(0, price(state.charge, account.order, granted) - state.reserved)
             attempt, epoch = state.attempt + 1, state.epoch + 1
             draft.append(
@@ -212,7 +201,7 @@ class Leases:
                 reserved=top_up,
                 lease_reserved=state.reserved + top_up,
                 attempt=attempt,
-                body={"by": state.by, "epoch": epoch, "done": done, "granted": granted},
+                body={"by": state.by, "epoch": epoch, "done": done, "judged": judged, "granted": granted},
             )
             steps[name] = granted
         return Attempt(lease, attempt, epoch, steps, {name: state.charge for name, state in states.items()})
@@ -386,14 +375,3 @@ class Leases:
 
 def _key(kind: str, lease: str, *parts: object) -> str:
     return ":".join((kind, lease, *map(str, parts)))
-
-
-def explain(shortages: Sequence[Shortage], accounts: Sequence[Account]) -> str:
-    """Say what was asked for, what remains, and what others hold, in ε-free units and shares of the budget."""
-    said = []
-    for shortage in shortages:
-        budget = next(a.budget_cost for a in accounts if a.account == shortage.account)
-        share = f"{shortage.asked / budget:.1%} of the budget was asked, {shortage.remaining / budget:.1%} remains"
-        others = f" ({shortage.reserved / budget:.1%} is reserved by others)" if shortage.reserved else ""
-        said.append(f"{shortage.account}: {share}{others}")
-    return "; ".join(said)

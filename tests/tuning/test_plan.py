@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from cluster.accounting import mechanisms, orders
+from cluster.accounting.answers import Shortage
 from cluster.accounting.books import Books
 from cluster.accounting.costs import LARGEST, budget_cost, epsilon_of, price
-from cluster.accounting.leases import Leases, Shortage
+from cluster.accounting.leases import Leases
 from cluster.accounting.ledger import Ledger
 from cluster.accounting.selection import quantile, repetitions_of
 from cluster.errors import UsageError

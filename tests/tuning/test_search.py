@@ -19,7 +19,7 @@ from cluster.accounting.costs import price
 from cluster.errors import UsageError
 from training.config import load
 from tuning.config import MOST_CORNERS, Dimension, SweepJob
-from tuning.search import GO, REFUSE, WAIT, BudgetedSearch, proposals
+from tuning.search import GO, REFUSE, WAIT, BudgetedSearch, Listed, proposals
 
 DIGITS = Path(__file__).parents[2] / "infra" / "jobs" / "digits.yaml"
 RARE = 2e-9  # the false-alarm rate of each statistical check below
@@ -226,7 +226,7 @@ STEPS = "{training.steps: {choice: [10, 20, 30, 40]}}"
 
 
 def search_of(gate):
-    return BudgetedSearch(enumerate(proposals(job_of(STEPS, search="grid", trials=4)), start=1), gate)
+    return BudgetedSearch(Listed(enumerate(proposals(job_of(STEPS, search="grid", trials=4)), start=1)), gate)
 
 
 def suggested(search, times):

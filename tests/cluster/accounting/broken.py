@@ -8,7 +8,8 @@ import sqlalchemy as sa
 from bookkeeping import TRAIN
 
 from cluster.accounting import databases
-from cluster.accounting.leases import Answer, Leases, Shortage
+from cluster.accounting.answers import Answer, Shortage
+from cluster.accounting.leases import Leases
 from cluster.accounting.ledger import Ledger
 from cluster.accounting.views import Draft
 from cluster.errors import PurserError
@@ -76,8 +77,8 @@ class ChargesTwice(Leases):
 class ForgetsWhoAsked(Leases):
     """Gives every process that opens a lease the attempt that is there, whatever its nonce."""
 
-    def _open(self, draft, lease, nonce, done):
-        return super()._open(draft, lease, "the same for all", done)
+    def _open(self, draft, lease, nonce, done, judged):
+        return super()._open(draft, lease, "the same for all", done, judged)
 
 
 class ExpiresWithoutFence(Leases):

@@ -313,3 +313,111 @@ def test_an_expired_holder_that_was_only_slow_is_fenced_off(place):
         desk.leases.authorise("lease", epoch, TRAIN, 2)
     account = desk.account()
     assert account.spent_cost + account.reserved_cost <= account.budget_cost
+
+
+# Evaluations on the way
+
+
+def test_an_attempt_is_granted_the_evaluations_that_are_before_it(desk, leases):
+    """Two rungs and the end; the checkpoint of the second attempt has one of the rungs behind it."""
+    one = desk.account(VALIDATION).price(evaluation())
+    leases.reserve("lease", "run", [training(), evaluation(3)])
+    first = leases.open("lease", "first")
+    assert first.steps == {TRAIN: 80, VALIDATION: 3}
+    assert leases.authorise("lease", first.epoch, VALIDATION, 1)
+    second = leases.open("lease", "second", done=40, judged=1)
+    assert second.steps == {TRAIN: 40, VALIDATION: 2}
+    assert desk.account(VALIDATION).reserved_cost == 2 * one
+    assert leases.authorise("lease", second.epoch, VALIDATION, 1)
+    assert leases.authorise("lease", second.epoch, VALIDATION, 2)
+    assert leases.authorise("lease", second.epoch, VALIDATION, 3) is None
+    account = desk.account(VALIDATION)
+    assert (account.spent_cost, account.reserved_cost) == (3 * one, 0)
+    assert desk.all_valid()
+
+
+def test_a_rung_that_is_judged_again_is_charged_again(desk, leases):
+    """Its report was lost, so that the checkpoint is from before it."""
+    leases.reserve("lease", "run", [training(), evaluation(3)])
+    first = leases.open("lease", "first")
+    assert leases.authorise("lease", first.epoch, VALIDATION, 1)
+    second = leases.open("lease", "second", done=0, judged=0)
+    assert second.steps[VALIDATION] == 3
+    assert desk.account(VALIDATION).reserved_cost == 3 * desk.account(VALIDATION).price(evaluation())
+
+
+def test_evaluations_that_cannot_be_afforded_again_are_cut(desk, leases):
+    one, account = desk.account(VALIDATION).price(evaluation()), desk.account(VALIDATION)
+    most = account.remaining_cost // one
+    leases.reserve("lease", "run", [training(), evaluation(most)])
+    first = leases.open("lease", "first")
+    for block in (1, 2, 3):
+        assert leases.authorise("lease", first.epoch, VALIDATION, block)
+    assert leases.open("lease", "second", judged=1).steps[VALIDATION] == most - 3, "most - 1 are before it"
+    account = desk.account(VALIDATION)
+    assert account.spent_cost + account.reserved_cost <= account.budget_cost
+    assert desk.all_valid()
+
+
+@pytest.mark.parametrize("judged", [-1, 4, True, 0.5, "1", None])
+def test_more_evaluations_than_are_planned_cannot_be_behind(desk, leases, judged):
+    """A negative number would ask for more than was reserved."""
+    leases.reserve("lease", "run", [training(), evaluation(3)])
+    before = desk.totals()
+    with pytest.raises(UsageError, match="judged"):
+        leases.open("lease", "nonce", 0, judged)
+    assert desk.totals() == before
+
+
+# One lease in place of another
+
+
+def held(desk):
+    """A hold on what would pay for the next run, and everything else taken by others."""
+    assert desk.leases.reserve("hold", "sweep", [training(80), evaluation()]).fits
+    fill(desk)
+
+
+def test_a_hold_makes_room_for_what_it_was_held_for(place, desk, leases):
+    """The rest of the budget is others': outside the transaction there is never room for the new lease."""
+    held(desk)
+    assert not leases.fits([training(70), evaluation()]).fits
+    for who in (leases, leases, place.desk().leases):  # the call may be repeated
+        assert who.reserve("final", "sweep", [training(70), evaluation()], "hold").fits
+    assert leases.settled("hold")
+    rows = [row for row in desk.rows() if row["lease"] in ("hold", "final")]
+    assert [(row["kind"], row["lease"]) for row in rows] == [
+        ("reserve", "hold"),
+        ("settle", "hold"),
+        ("reserve", "final"),
+    ]
+    assert rows[2]["seq"] == rows[1]["seq"] + 1, "nothing came in between"
+    assert rows[2]["reserved_after"] == rows[1]["reserved_after"] + price(training(70), ORDER)
+    assert desk.all_valid()
+
+
+def test_a_hold_that_is_closed_first_loses_its_room(desk, leases):
+    """Broken on purpose: two transactions, and another job between them."""
+    held(desk)
+    leases.close("hold", "settle", "for the final run")
+    assert leases.reserve("thief", "other", [training(80)]).fits
+    assert not leases.reserve("final", "sweep", [training(70), evaluation()]).fits
+
+
+def test_what_is_dearer_than_its_hold_is_refused_and_the_hold_is_over(desk, leases):
+    held(desk)
+    assert not leases.reserve("final", "sweep", [training(400), evaluation()], "hold").fits
+    assert leases.settled("hold")
+    assert not leases.known("final")
+    assert desk.all_valid()
+
+
+def test_a_swap_that_fails_changes_nothing(desk, leases):
+    held(desk)
+    leases.reserve("taken", "other", [evaluation()])
+    before = desk.totals()
+    with pytest.raises(UsageError, match="taken"):
+        leases.reserve("taken", "sweep", [training(70)], "hold")
+    with pytest.raises(UsageError, match="never reserved"):
+        leases.reserve("final", "sweep", [training(70)], "nobody")
+    assert desk.totals() == before

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from bookkeeping import STEP, TRAIN, VALIDATION, evaluation, fill, training
 
+from cluster.accounting.answers import explain
 from cluster.accounting.costs import affordable_steps, block_cost, price
-from cluster.accounting.leases import explain
 from cluster.accounting.mechanisms import Charge, PoissonSubsampledGaussian
 from cluster.errors import UsageError
 
