@@ -11,7 +11,7 @@ naive    eight random candidates, each with an (ε/8, δ/8) of its own, converte
 
 Of each way, on each dataset (DATASET_WAY_…):
 
-accuracy          of the released model on the test part, the mean over five repeats; and its standard error
+accuracy          of the released model on the test part, the mean over twenty repeats; and (…_error) its standard error
 noise_multiplier  the least at which the way fits its budget, at the order that is best for it
 evaluation_noise  the same of each candidate's histogram, on the validation account, which has its own (ε, δ)
 candidates        how many models were trained in the mean: what the way costs in time
@@ -53,7 +53,7 @@ from training.evaluation import noised_accuracy
 from training.models import build
 from tuning.config import SweepJob
 
-TRIALS, ETA, REPEATS = 8, 0.5, 5
+TRIALS, ETA, REPEATS = 8, 0.5, 20
 TEST = 5  # one record in so many is for the test
 ADULT = Path(__file__).resolve().parents[3] / "shared" / "data" / "adult.csv"
 

@@ -207,8 +207,8 @@ class Bare:
 
 
 def measure(quick: bool) -> dict[str, float]:
-    """Both sides in one Ray session. The first round finds cold caches: it is not counted, but where it is the only one,
-    and there ours is first, so that the cold is on our side."""
+    """Both sides in one Ray session. The first round finds cold caches, ours first: it is not counted, unless it is the
+    only one."""
     job, rounds = (job_of(2), 1) if quick else (job_of(4), 5)
     with tempfile.TemporaryDirectory() as home:
         os.environ[environment.HOME] = home
