@@ -80,24 +80,26 @@ class Dimension(Section):
 
 
 class Repeats(Section):
-    """How often a selection repeats: K is truncated negative binomial of shape `eta` (0 logarithmic, 1 geometric), or
-    Poisson. Its mean is `tuning.trials`."""
+    """How often a selection repeats: K is truncated negative binomial of shape `eta` (0 logarithmic, by default 0.5, 1
+    geometric), or Poisson. Its mean is `tuning.trials`."""
 
     distribution: Literal["truncated_negative_binomial", "poisson"] = "truncated_negative_binomial"
-    eta: float = 0.5
+    eta: float | None = None
 
     @model_validator(mode="after")
     def _checks(self) -> Repeats:
-        if self.eta not in (0, 0.5, 1):
+        if self.eta not in (None, 0, 0.5, 1):
             raise ValueError(f"eta: {self.eta:g} was given; it must be 0, 0.5 or 1")
-        if self.distribution == "poisson" and "eta" in self.model_fields_set:
+        if self.distribution == "poisson" and self.eta is not None:
             raise ValueError("eta: it shapes the truncated_negative_binomial alone; leave it out for poisson")
         return self
 
     @property
     def shape(self) -> float:
         """As `cluster.accounting.selection` has it."""
-        return POISSON if self.distribution == "poisson" else self.eta
+        if self.distribution == "poisson":
+            return POISSON
+        return 0.5 if self.eta is None else self.eta
 
 
 class Asha(Section):

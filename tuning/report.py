@@ -163,9 +163,8 @@ def _summary(
 ) -> list[Markup]:
     spent = f"This sweep spent {_share(splits[0].mine, train.budget_cost)} of the budget of {train.account}."
     if selection:
-        found = (
-            f"Best: accuracy {_accuracy(best.outcome.metrics)} (95 % of the noise)." if best else "Nothing released."
-        )
+        nothing = "Nothing is released, as may happen by chance."
+        found = f"Best: accuracy {_accuracy(best.outcome.metrics)} (95 % of the noise)." if best else nothing
         opening = f"A private selection on dataset {train.dataset.name}. {spent}"
         return [tag("p", line) for line in (opening, found, why) if line]
     counts = Counter(trial.outcome.status for trial in trials)

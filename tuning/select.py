@@ -254,7 +254,7 @@ def _release(
 
 def _distribution(job: SweepJob) -> str:
     repeats = job.tuning.repeats
-    shape = "" if repeats.distribution == "poisson" else f" of shape η = {repeats.eta:g}"
+    shape = "" if repeats.distribution == "poisson" else f" of shape η = {repeats.shape:g}"
     return f"{repeats.distribution.replace('_', ' ')}{shape}, {job.tuning.trials} in the mean"
 
 

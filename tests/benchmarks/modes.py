@@ -42,7 +42,7 @@ from cluster.accounting import orders
 from cluster.accounting.books import PARTITIONS
 from cluster.accounting.costs import budget_cost, price
 from cluster.accounting.mechanisms import Charge, DiscreteGaussian, PoissonSubsampledGaussian
-from cluster.accounting.selection import tnb_gamma, tnb_masses
+from cluster.accounting.selection import quantile, repetitions_of
 from cluster.errors import UsageError
 from tests.benchmarks import main
 from training import data
@@ -237,9 +237,8 @@ def candidates(job: SweepJob, draw: random.Random) -> Iterator[dict[str, Any]]:
 
 
 def repetitions(share: float) -> int:
-    """K: the least k with P[K ≤ k] > `share`."""
-    totals = itertools.accumulate(tnb_masses(tnb_gamma(TRIALS, ETA), ETA))
-    return next(k for k, total in enumerate(totals, start=1) if total > share)
+    """K: the least k with P[K ≤ k] ≥ `share`."""
+    return quantile(repetitions_of(TRIALS, ETA), min(share, 1 - 1e-6))
 
 
 def released(job: SweepJob, parts: Parts, tried: Iterable[dict[str, Any]], noise: tuple[float, float]) -> float:

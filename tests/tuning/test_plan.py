@@ -365,6 +365,7 @@ def test_the_price_is_that_of_the_distribution_that_was_asked_for(books, repeats
         charges = [run.charges()[i] for run in plan.job.corners()]
         assert line.select_cost == orders.select_price(charges, line.order, 8, shape)
     assert plan.select_trials_p99 == quantile(repetitions_of(8, shape), 0.99)
+    assert SweepJob.model_validate(plan.job.model_dump(mode="json")) == plan.job, "as workers and a resume read it"
 
 
 @pytest.mark.parametrize(
