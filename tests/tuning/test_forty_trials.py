@@ -5,19 +5,22 @@ may not report stays outside (P13): recomputed from the ledger."""
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from actors import end_accountant
 from product import DIGITS
 from ray import cloudpickle, tune
 
-from cluster.accounting.actor import connect, start
+from cluster.accounting.actor import Accountant, connect, start
 from cluster.accounting.books import Books
 from cluster.accounting.costs import block_cost
 from cluster.accounting.ledger import Ledger
 from cluster.accounting.mechanisms import from_json
+from cluster.environment import HOME, Alive
 from training.config import load, parse
 from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Outcome
 from training.evaluation import METRICS
@@ -34,6 +37,14 @@ TRIALS, LEAKY, SECRET = 40, 3, 0.123456789
 SPACE = "tuning.space={training.noise_multiplier: {uniform: [3.0, 16.0]}}"
 
 
+class AtHome(Accountant):
+    """The accountant, in a Ray that knew no home when it started: where the locks of living holders are."""
+
+    def __init__(self, url, home):
+        os.environ[HOME] = home
+        super().__init__(url)
+
+
 class Trainable(tune.Trainable):
     """Pays for its blocks and trains nothing; Tune keeps its process for the trials that follow."""
 
@@ -45,9 +56,13 @@ class Trainable(tune.Trainable):
         self.begin(new_config)
         return True
 
+    def save_checkpoint(self, checkpoint_dir):
+        """Tune asks for one at the end."""
+
     def begin(self, config):
         job, sweep, self._folder, ledger = self._given
         self._number = config["number"]
+        self._folder = Path(self._folder)
         self._job = parse(SweepJob, job).candidate(config["values"])
         self._lease, self._client = lease_of(sweep, self._number), connect(ledger)
         self._epoch, self._block, self._judged = None, 0, 0
@@ -83,6 +98,7 @@ class Trainable(tune.Trainable):
 def sweep(tmp_path_factory, ray_session):
     with pytest.MonkeyPatch.context() as patch:
         root = tmp_path_factory.mktemp("forty")
+        patch.setenv(HOME, str(root))
         patch.setenv("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
         patch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
         patch.setenv("RAY_AIR_NEW_OUTPUT", "0")
@@ -94,11 +110,12 @@ def sweep(tmp_path_factory, ray_session):
         books.create(dataset, job.privacy.epsilon, job.privacy.delta, planned(job), TRIALS)
         keep_candidates(root, list(proposals(job)))
         trials, lines = trials_of(job, "sweep", root), []
-        client = start(ledger.url)
+        client, alive = start(ledger.url, AtHome, home=str(root)), Alive("sweep")
         try:
             Sweep(client, ledger.identity, job, "sweep", root, trials, set(), lines.append, Trainable).run()
         finally:
             end_accountant()
+            alive.release()
         rows = {name: list(books.history(name)) for name in job.accounts}
         yield books, rows, trials, lines, root
 
