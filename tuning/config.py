@@ -185,10 +185,11 @@ class Tuning(Section):
         """The field that is auto, if there is one."""
         return next((name for name, dimension in self.space.items() if dimension.solve), None)
 
-    def rungs(self, job: Job) -> tuple[int, ...]:
-        """The steps at which ASHA judges a trial of `job`, all below its own."""
-        at, found = self.asha.grace_period or job.training.block, []
-        while at < job.training.steps:
+    def rungs(self, steps: int, block: int) -> tuple[int, ...]:
+        """The steps after which ASHA judges a trial of `steps` steps; `block` is the sweep's, so that all trials have
+        rungs in common."""
+        at, found = self.asha.grace_period or block, []
+        while at < steps:
             found.append(at)
             at *= self.asha.reduction_factor
         return tuple(found)
@@ -228,7 +229,7 @@ class SweepJob(Job):
         run = self.plain.with_values(values)
         if self.tuning.scheduler == "none":
             return run
-        return run.with_values({"evaluation.rungs": list(self.tuning.rungs(run))})
+        return run.with_values({"evaluation.rungs": list(self.tuning.rungs(run.training.steps, self.training.block))})
 
     def final(self, values: dict[str, Any]) -> Job:
         """The run that trains the configuration `values` once more, after all trials."""

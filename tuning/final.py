@@ -68,7 +68,7 @@ class Final:
         accounts = [leases.books.show(account) for account in self._job.accounts]
         return (
             f"tuning.reserve_for_final: {self._job.tuning.reserve_for_final} steps for the final run cannot be held "
-            f"back, {explain(answer.shortages, accounts)}; nothing more is run"
+            f"back, {explain(answer.shortages, accounts)}; nothing was spent on it, choose fewer steps"
         )
 
     def let_go(self, leases: Leases) -> None:

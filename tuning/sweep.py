@@ -247,18 +247,15 @@ class Sweep(tune.Callback):
         self._ended(mine)
 
     def _stopped(self, mine: Trial, metrics: dict[str, Any]) -> None:
-        """Tune is killing the trial's driver, which will not settle anything: keep its outcome, then end its lease, so
-        that what it never authorised is free for the next trial.
-
-        Settled, not released: a worker group that Ray Train restarts in between could open a released lease again.
-        """
+        """Tune is killing the trial's driver, which will keep no outcome. With this one its lease is settled, and not
+        released: a worker group that Ray Train restarts meanwhile could open a released lease again."""
         steps = metrics.pop("steps")
         why = f"stopped early by ASHA at {steps} of {mine.job.training.steps} steps"
-        outcome = Outcome(STOPPED, metrics, why, rung=steps).keep(trial_folder(self._folder, mine.number))
-        mine.outcome = outcome
-        self._client.close(mine.lease, outcome.closing, outcome.status)
+        mine.outcome = Outcome(STOPPED, metrics, why, rung=steps).keep(trial_folder(self._folder, mine.number))
 
     def _ended(self, mine: Trial) -> None:
+        """End the lease, if its driver did not live to: what was never authorised is free for the next trial."""
+        self._client.close(mine.lease, mine.outcome.closing, mine.outcome.status)
         self._live.discard(mine.number)
         self._source.learn(mine.number, mine.outcome)
         word = mine.outcome.status
@@ -271,7 +268,8 @@ class Sweep(tune.Callback):
         self._tell(f"trial {mine.number:2d}  {word}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The trial's process died; its lease is released when the sweep ends."""
+        """The trial's process died."""
         mine = self.trials[trial.config["number"]]
-        mine.outcome = replace(mine.outcome, why="its process died; what was authorised is spent")
+        if not mine.over:
+            mine.outcome = replace(mine.outcome, why="its process died; what was authorised is spent")
         self._ended(mine)

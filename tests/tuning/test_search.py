@@ -19,7 +19,7 @@ from cluster.accounting.costs import price
 from cluster.errors import UsageError
 from training.config import load
 from tuning.config import MOST_CORNERS, Dimension, SweepJob
-from tuning.search import GO, REFUSE, WAIT, BudgetedSearch, Listed, proposals
+from tuning.search import END, GO, REFUSE, WAIT, BudgetedSearch, Listed, proposals
 
 DIGITS = Path(__file__).parents[2] / "infra" / "jobs" / "digits.yaml"
 RARE = 2e-9  # the false-alarm rate of each statistical check below
@@ -287,3 +287,9 @@ def test_what_tune_saves_holds_no_gate():
     assert "_ask" not in vars(copy)
     search.on_trial_complete("trial", {"accuracy": 0.9})
     assert search.suggest("trial") == handed(1)  # results change nothing
+
+
+def test_where_nothing_can_be_paid_any_more_nobody_is_asked_again():
+    gate = Gate(GO, REFUSE, END)
+    assert suggested(search_of(gate), 4) == [handed(1), *[Searcher.FINISHED] * 3]
+    assert [number for number, _ in gate.asked] == [1, 2, 3]
