@@ -24,9 +24,9 @@ class Screen:
         self.as_json = as_json
         self.console = Console(file=sys.stderr if as_json else sys.stdout, highlight=False, soft_wrap=True)
 
-    def say(self, line: object = "") -> None:
-        """Show a line or a table."""
-        self.console.print(line)
+    def say(self, line: object = "", markup: bool = True) -> None:
+        """Show a line or a table; without `markup`, brackets in it are brackets."""
+        self.console.print(line, markup=markup)
 
     def result(self, result: dict[str, Any]) -> None:
         """Print the one JSON object, if it was asked for."""

@@ -41,7 +41,12 @@ def source_of(books: Books, job: Job) -> str:
     """The HMAC of the job's source, after checking that the source has every column that the job names."""
     declared = data.declared(job.data)
     data.image_of(job.model, declared)
-    return data.fingerprint(data.read(declared, job.privacy.unit), books.source_key())
+    table, groups = data.read(declared, job.privacy.unit), job.evaluation.groups
+    if groups is not None and groups.column not in table.names:
+        raise UsageError(
+            f"evaluation.groups.column: the source has no column {groups.column!r}; check its header line."
+        )
+    return data.fingerprint(table, books.source_key())
 
 
 def plans_of(charges: Sequence[Sequence[Charge]]) -> dict[str, list[Charge]]:

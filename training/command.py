@@ -142,6 +142,8 @@ def _conclude(screen: Screen, outcome: Outcome, result: Mapping[str, Any]) -> No
     if metrics:
         line += f", accuracy {metrics['accuracy']:.3f} ± {metrics['accuracy_error']:.3f}"
     screen.say(line + (f" ({outcome.why})" if outcome.why else ""))
+    for line in release.by_group(metrics):
+        screen.say(f"  {line}", markup=False)
     if result["release"]:
         screen.say(f"Released: {result['release']}")
     if outcome.status in (FAILED, STOPPED):

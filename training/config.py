@@ -22,6 +22,7 @@ from training import yaml12
 from training.engine.run import DPSGDRun
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+OTHER = "other"  # the group of records that no declared category fits
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
@@ -138,14 +139,37 @@ class Training(Section):
     activation_checkpointing: Literal["none", "full"] = "none"
 
 
+class Groups(Section):
+    """A declared column by whose categories the accuracy is told as well; other values are one more group, `other`."""
+
+    column: str
+    categories: Annotated[tuple[str, ...], Field(min_length=1, max_length=100)]
+
+    @model_validator(mode="after")
+    def _checks(self) -> Groups:
+        if len(set(self.categories)) != len(self.categories) or OTHER in self.categories:
+            raise ValueError(f"categories: each may be named once, and {OTHER} is the name of all others")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all groups, in the order of their cells."""
+        return (*self.categories, OTHER)
+
+
 class Evaluation(Section):
     """How the model is judged: a (correct, wrong) histogram of the validation partition, released with discrete
     Gaussian noise of standard deviation `noise` records in each cell, and charged: at the end, and at each of `rungs`,
-    the steps after which it is judged on the way."""
+    the steps after which it is judged on the way.
+
+    With `groups` each group has two cells of its own. A unit moves all of them together by no more than it moved two,
+    so that the price stays what it is; the noise of the whole accuracy is that of all cells.
+    """
 
     on: Literal["validation"] = "validation"
     noise: Annotated[float, Field(ge=0.1, le=1e5)] = 5.0
     rungs: Annotated[tuple[Count, ...], Field(max_length=100)] = ()
+    groups: Groups | None = None
 
     @model_validator(mode="after")
     def _checks(self) -> Evaluation:

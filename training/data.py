@@ -41,11 +41,12 @@ class Table:
 @dataclass(frozen=True)
 class Encoded:
     """One partition's records on one rank, grouped by unit. Arrays: float32 [records, width], int64 [records],
-    int64 [units + 1]."""
+    int64 [units + 1], and int64 [records] where the evaluation has groups."""
 
     features: np.ndarray
     labels: np.ndarray
     offsets: np.ndarray
+    groups: np.ndarray | None = None
 
 
 def declared(data: Data) -> Data:
@@ -179,10 +180,18 @@ def load(job: Job, table: Table, key: str, partition: str, rank: int, world: int
     order = [i for records in chosen for i in records]
     offsets = np.concatenate([[0], np.cumsum([len(records) for records in chosen], dtype=np.int64)]).astype(np.int64)
     features = [_encode(_column(table, name), feature, order) for name, feature in data.features.items()]
-    answers = {category: i for i, category in enumerate(data.label.categories)}
-    cells = _column(table, data.label.column)
-    labels = np.array([answers.get(cells[i].strip(), 0) for i in order], dtype=np.int64)
-    return Encoded(np.concatenate(features, axis=1), labels, offsets)
+    labels = _places(_column(table, data.label.column), data.label.categories, 0, order)
+    declared_groups, groups = job.evaluation.groups, None
+    if declared_groups is not None and partition == "validation":
+        other = len(declared_groups.categories)
+        groups = _places(_column(table, declared_groups.column), declared_groups.categories, other, order)
+    return Encoded(np.concatenate(features, axis=1), labels, offsets, groups)
+
+
+def _places(cells: Sequence[str], categories: Sequence[str], otherwise: int, order: Sequence[int]) -> np.ndarray:
+    """Of each cell, the place of its category; `otherwise` where it is none of them."""
+    place = {category: i for i, category in enumerate(categories)}
+    return np.array([place.get(cells[i].strip(), otherwise) for i in order], dtype=np.int64)
 
 
 def _tag(secret: bytes, purpose: bytes, content: bytes) -> bytes:
@@ -199,9 +208,8 @@ def _column(table: Table, name: str) -> Sequence[str]:
 
 def _encode(cells: Sequence[str], feature: Feature, order: Sequence[int]) -> np.ndarray:
     if feature.categories is not None:
-        place = {category: i for i, category in enumerate(feature.categories)}
-        found = np.array([place.get(cells[i].strip(), -1) for i in order], dtype=np.int64)
-        return (found[:, None] == np.arange(len(place))[None, :]).astype(np.float32)
+        found = _places(cells, feature.categories, -1, order)
+        return (found[:, None] == np.arange(len(feature.categories))[None, :]).astype(np.float32)
     assert feature.range is not None
     low, high = feature.range
     values = np.array([_number(cells[i], (low + high) / 2) for i in order], dtype=np.float64)

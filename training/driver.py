@@ -19,7 +19,7 @@ from cluster.environment import code_hash
 from cluster.errors import PurserError, without_content
 from cluster.session import CPUS_PER_WORKER
 from training.config import Job
-from training.evaluation import METRICS
+from training.evaluation import RELEASED
 from training.release import WEIGHTS, rung_folder
 
 COMPLETED, STOPPED, REFUSED, FAILED = "completed", "stopped", "refused", "failed"
@@ -112,7 +112,7 @@ def _fit(ledger: str, job: Job, lease: str, folder: Path, callbacks: Sequence[An
         return Outcome(FAILED, why=reason(error))
     metrics = dict(result.metrics or {})
     status = metrics.pop("status", FAILED)
-    kept = {name: metrics[name] for name in METRICS if name in metrics}
+    kept = {name: metrics[name] for name in RELEASED if name in metrics}
     why = "" if status == COMPLETED else "the budget could not pay for all of its steps"
     return Outcome(status, kept, why)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.accounting.mechanisms import DiscreteGaussian
 from cluster.errors import PurserError
@@ -15,10 +15,12 @@ from cluster.errors import PurserError
 if TYPE_CHECKING:
     import torch
 
+    from training.config import Groups
     from training.engine.sampling import Shard
 
-METRICS = ("accuracy", "accuracy_error", "correct", "wrong")  # what an evaluation releases, all of it noised
-PUBLIC = frozenset(("steps", "attempt", "status", *METRICS))  # what the report of a run may carry
+METRICS = ("accuracy", "accuracy_error", "correct", "wrong")  # what every evaluation releases, all of it noised
+RELEASED = (*METRICS, "groups")
+PUBLIC = frozenset(("steps", "attempt", "status", *RELEASED))  # what the report of a run may carry
 
 
 def only_public(report: Mapping[str, object]) -> None:
@@ -35,15 +37,20 @@ def only_public(report: Mapping[str, object]) -> None:
             )
 
 
-def noised_accuracy(model: torch.nn.Module, shard: Shard, mechanism: DiscreteGaussian) -> dict[str, float]:
+def noised_accuracy(
+    model: torch.nn.Module, shard: Shard, mechanism: DiscreteGaussian, groups: Groups | None = None
+) -> dict[str, Any]:
     """Release how many records `model` labels correctly and wrongly, and the accuracy they imply.
 
     Args:
         shard: every record of the validation partition, at most `mechanism.l2_sensitivity` of one unit.
+        groups: the declared groups of `shard.groups`. Each then has two counts of its own, noised alike: a unit adds at
+            most `l2_sensitivity` records to all of them together, so that their L2 sensitivity stays the same.
 
     Returns:
         `correct` and `wrong` (noised counts, whole numbers that may be negative), `accuracy` in [0, 1] (their share,
         so that no private count normalises it) and `accuracy_error`, 1.96 standard deviations of the noise in both.
+        With groups, counts are the sums over groups, and `groups` holds accuracy and error of each by its name.
 
     Raises:
         PurserError: the noise that OpenDP would add is not the noise that was charged.
@@ -51,8 +58,9 @@ def noised_accuracy(model: torch.nn.Module, shard: Shard, mechanism: DiscreteGau
     import opendp.prelude as dp
     import torch
 
+    names = groups.names if groups is not None else ("all",)
     dp.enable_features("contrib")
-    space = dp.vector_domain(dp.atom_domain(T=int), size=2), dp.l2_distance(T=float)
+    space = dp.vector_domain(dp.atom_domain(T=int), size=2 * len(names)), dp.l2_distance(T=float)
     release = dp.m.make_gaussian(*space, scale=mechanism.scale)
     rho = mechanism.l2_sensitivity**2 / (2 * mechanism.scale**2)
     if not release.map(float(mechanism.l2_sensitivity)) <= rho * (1 + 1e-9):
@@ -62,14 +70,24 @@ def noised_accuracy(model: torch.nn.Module, shard: Shard, mechanism: DiscreteGau
     with torch.no_grad():
         right = model(shard.features).argmax(1) == shard.labels if shard.units else torch.zeros(0, dtype=torch.bool)
     model.train(training)  # at a rung the run goes on, and hooks see only a model that trains
-    correct, wrong = release([int(right.sum()), int((~right).sum())])
+    of = shard.groups if groups is not None else torch.zeros(len(right), dtype=torch.long)
+    if of is None or len(of) != len(right):
+        raise PurserError(
+            "evaluation: the records have no groups, and were to be judged by them; nothing was released."
+        )
+    cells = torch.bincount(2 * of + (~right).long().cpu(), minlength=2 * len(names))
+    noised = release([int(count) for count in cells])
+    pairs = {name: (noised[2 * i], noised[2 * i + 1]) for i, name in enumerate(names)}
+    correct, wrong = sum(noised[::2]), sum(noised[1::2])
+    whole = _accuracy(correct, wrong, mechanism.scale * math.sqrt(len(names)))
+    each = {name: _accuracy(*pair, mechanism.scale) for name, pair in pairs.items()} if groups is not None else {}
+    return {"correct": correct, "wrong": wrong, **whole, **({"groups": each} if each else {})}
+
+
+def _accuracy(correct: int, wrong: int, deviation: float) -> dict[str, float]:
+    """What two noised counts say, whose noise has each that standard `deviation`."""
     total = correct + wrong
     if total <= 0:
-        return {"correct": correct, "wrong": wrong, "accuracy": 0.0, "accuracy_error": 1.0}
-    error = 1.96 * mechanism.scale * math.hypot(correct, wrong) / total**2
-    return {
-        "correct": correct,
-        "wrong": wrong,
-        "accuracy": min(1.0, max(0.0, correct / total)),
-        "accuracy_error": min(1.0, error),
-    }
+        return {"accuracy": 0.0, "accuracy_error": 1.0}
+    error = 1.96 * deviation * math.hypot(correct, wrong) / total**2
+    return {"accuracy": min(1.0, max(0.0, correct / total)), "accuracy_error": min(1.0, error)}

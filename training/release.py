@@ -151,6 +151,14 @@ def write_release(folder: Path, weights: Path, said: Mapping[str, Any]) -> Path:
     return release
 
 
+def by_group(metrics: Mapping[str, Any]) -> list[str]:
+    """The accuracy of each declared group, in words; none where none were declared."""
+    return [
+        f"{name}: accuracy {one['accuracy']:.3f} ± {one['accuracy_error']:.3f}"
+        for name, one in metrics.get("groups", {}).items()
+    ]
+
+
 def markdown(said: Mapping[str, Any]) -> str:
     """The statement for people."""
     protected, guarantee, training = said["protected"], said["guarantee"], said["training"]
@@ -201,6 +209,7 @@ def markdown(said: Mapping[str, Any]) -> str:
     if metrics:
         lines += ["", "## Noised metrics on the validation partition", ""]
         lines.append(f"Accuracy {metrics['accuracy']:.3f} ± {metrics['accuracy_error']:.3f} (95 % of the noise).")
+        lines += ["", *(f"- {line}" for line in by_group(metrics))]
     lines += ["", "## Not covered", "", *(f"- {line}." for line in said["excluded"]), ""]
     lines.append("Libraries: " + ", ".join(f"{k} {v}" for k, v in said["accounting"]["libraries"].items()) + ".")
     return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,9 @@ class Rank:
 
     def validation_shard(self, table: data.Table) -> Shard:
         """Every unit of the validation partition; for rank 0, which judges."""
-        return _shard(data.load(self.job, table, self.key, "validation", 0, 1))
+        encoded = data.load(self.job, table, self.key, "validation", 0, 1)
+        groups = None if encoded.groups is None else torch.from_numpy(encoded.groups)
+        return replace(_shard(encoded), groups=groups)
 
 
 def _train(config: dict[str, Any]) -> None:
@@ -175,7 +177,8 @@ class Judge:
             return {}
         histogram = job.charges()[1].mechanism
         assert isinstance(histogram, DiscreteGaussian)
-        return noised_accuracy(trainer.model, self._rank.validation_shard(self._table), histogram)
+        shard = self._rank.validation_shard(self._table)
+        return noised_accuracy(trainer.model, shard, histogram, job.evaluation.groups)
 
 
 def _shard(encoded: data.Encoded) -> Shard:

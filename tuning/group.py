@@ -87,6 +87,6 @@ def _run(
             raise PurserError("select: a candidate costs more than the selection was priced for.")
     trainer.steps(train, trainer.run.steps)
     if validation is not None:
-        metrics = noised_accuracy(trainer.model, validation, histogram)
+        metrics = noised_accuracy(trainer.model, validation, histogram, run.evaluation.groups)
         write_weights(trainer.unhook(), candidate.folder)
         sealed.keep(candidate, metrics)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.accounting.books import Account
 from cluster.accounting.costs import epsilon_text
 from cluster.errors import PurserError
-from training.release import EXCLUDED, LIBRARIES
+from training.release import EXCLUDED, LIBRARIES, by_group
 from tuning.page import STYLE, Markup, Point, chart, definitions, headed, items, table, tag
 
 if TYPE_CHECKING:
@@ -329,6 +329,7 @@ def _statement(said: Mapping[str, Any] | None) -> list[Markup]:
         ("units declared", protected["declared_units"]),
         ("released", f"the {released['target']} in {released['file']}"),
         ("noised accuracy", f"{_accuracy(released['metrics'])} (95 % of the noise), on the validation partition"),
+        *(("noised accuracy of a group", line) for line in by_group(released["metrics"])),
         ("tuning", said["tuning"]),
         *((f"accounting: {key}", _words(value)) for key, value in accounting.items() if key != "libraries"),
         *((key.replace("_", " "), _words(value)) for key, value in said["training"].items()),

@@ -21,7 +21,7 @@ from cluster.errors import PurserError, without_content
 from cluster.session import CPUS_PER_WORKER, cpus
 from training.config import parse
 from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Outcome, train
-from training.evaluation import METRICS, only_public
+from training.evaluation import RELEASED, only_public
 from tuning.config import SweepJob, cheapest
 from tuning.search import END, GO, REFUSE, WAIT, BudgetedSearch, Listed, Proposals, TreeParzen
 from tuning.trials import Trial, keep_candidates, lease_of, nothing_left, refuse_rest, said, trial_folder
@@ -75,7 +75,9 @@ class Halving(ASHAScheduler):
         """See `ASHAScheduler`."""
         action: str = super().on_trial_result(tune_controller, trial, result)
         if action == self.STOP:
-            self.stopped[trial.config["number"]] = {name: result[name] for name in ("steps", *METRICS)}
+            self.stopped[trial.config["number"]] = {
+                name: result[name] for name in ("steps", *RELEASED) if name in result
+            }
         return action
 
 

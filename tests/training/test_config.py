@@ -365,3 +365,17 @@ CRASHES = {
 @pytest.mark.parametrize("what", CRASHES)
 def test_what_no_job_holds_is_refused_all_the_same(file, what):
     assert refused(load, Job, file, [CRASHES[what]])
+
+
+@pytest.mark.parametrize(
+    ("groups", "word"),
+    [
+        ("{column: sex, categories: []}", "categories"),
+        ("{column: sex, categories: [a, a]}", "each may be named once"),
+        ("{column: sex, categories: [a, other]}", "other is the name of all others"),
+        ("{categories: [a]}", "column: it is missing"),
+    ],
+)
+def test_groups_are_declared(groups, word):
+    with pytest.raises(UsageError, match=word):
+        load(SweepJob, DIGITS, [f"evaluation.groups={groups}"])

@@ -15,6 +15,7 @@ from torch import nn
 from cluster.accounting.costs import step_cost
 from cluster.accounting.mechanisms import DiscreteGaussian
 from cluster.errors import PurserError
+from training.config import Groups
 from training.engine.sampling import Shard
 from training.evaluation import noised_accuracy
 
@@ -183,3 +184,85 @@ def test_what_is_charged_is_what_opendp_claims(scale, sensitivity):
     assert 0 <= noised_accuracy(model(), shard(), mechanism(scale, sensitivity))["accuracy"] <= 1
     rho = sensitivity**2 / (2 * scale**2)
     assert step_cost(mechanism(scale, sensitivity), 6) / 1e36 == pytest.approx(6 * rho, rel=1e-12)
+
+
+# By declared groups.
+
+GROUPS = Groups(column="sex", categories=("Female", "Male"))
+EACH = {"Female": (400, 100), "Male": (300, 700), "other": (0, 0)}
+
+
+def grouped():
+    """Records of two groups, so many (right, wrong) of each, and none of any other."""
+    counts = [count for pair in EACH.values() for count in pair]
+    labels = torch.cat([torch.full((count,), 1 - i % 2) for i, count in enumerate(counts)])
+    of = torch.cat([torch.full((count,), i // 2) for i, count in enumerate(counts)])
+    return Shard(torch.ones(len(labels), 1), labels, np.arange(len(labels) + 1), groups=of)
+
+
+@pytest.fixture(scope="module")
+def by_group():
+    """1,500 releases of the same counts."""
+    return [noised_accuracy(model(), grouped(), mechanism(), GROUPS) for _ in range(1500)]
+
+
+def test_each_group_has_the_accuracy_of_its_own_counts(by_group):
+    assert set(by_group[0]["groups"]) == {"Female", "Male", "other"}
+    for name, (right, wrong) in list(EACH.items())[:2]:
+        seen = np.array([release["groups"][name]["accuracy"] for release in by_group])
+        errors = np.array([release["groups"][name]["accuracy_error"] for release in by_group])
+        assert abs(seen.mean() - right / (right + wrong)) < 6 * seen.std() / math.sqrt(len(seen)) + 1e-4
+        assert abs(errors.mean() / 1.96 / seen.std() - 1) < 0.13, "the error bar is that of the noise"
+
+
+def test_the_whole_is_the_sum_of_all_cells_and_carries_their_noise(by_group):
+    for cell, count in (("correct", 700), ("wrong", 800)):
+        noise = np.array([release[cell] for release in by_group]) - count
+        assert abs(noise.mean()) < 6 * SCALE * math.sqrt(3 / len(noise))
+        assert abs(noise.var() / (3 * SCALE**2) - 1) < 6 * math.sqrt(2 / len(noise)), "three cells, not one"
+    seen = np.array([release["accuracy"] for release in by_group])
+    errors = np.array([release["accuracy_error"] for release in by_group])
+    assert abs(errors.mean() / 1.96 / seen.std() - 1) < 0.13
+
+
+def test_an_empty_group_tells_nothing_but_noise(by_group):
+    """Its accuracy and error are those of counts around 0: as uncertain as can be in about all releases."""
+    assert np.mean([release["groups"]["other"]["accuracy_error"] >= 0.2 for release in by_group]) > 0.95
+
+
+def test_a_unit_with_records_in_several_groups_moves_all_cells_by_no_more_than_is_charged(monkeypatch):
+    """By the counts that the release is given: neighbours by a unit of three records, each of another group."""
+    given = []
+    real = opendp.measurements.make_gaussian
+
+    def watched(*args, **named):
+        release = real(*args, **named)
+
+        class Watched:
+            map = staticmethod(release.map)
+
+            def __call__(self, cells):
+                given.append(np.array(cells))
+                return release(cells)
+
+        return Watched()
+
+    monkeypatch.setattr(opendp.measurements, "make_gaussian", watched)
+    monkeypatch.setattr("opendp.prelude.m.make_gaussian", watched)
+    some = grouped()
+    more = Shard(
+        torch.cat([some.features, torch.ones(3, 1)]),
+        torch.cat([some.labels, torch.tensor([1, 0, 1])]),
+        np.append(some.offsets, some.offsets[-1] + 3),
+        groups=torch.cat([some.groups, torch.tensor([0, 1, 2])]),
+    )
+    for one in (some, more):
+        noised_accuracy(model(), one, mechanism(SCALE, 3), GROUPS)
+    moved = given[1] - given[0]
+    assert moved.tolist() == [1, 0, 0, 1, 1, 0]
+    assert np.linalg.norm(moved) <= 3
+
+
+def test_records_without_groups_are_not_judged_by_them():
+    with pytest.raises(PurserError, match="nothing was released"):
+        noised_accuracy(model(), shard(), mechanism(), GROUPS)

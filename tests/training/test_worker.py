@@ -471,3 +471,20 @@ def test_a_report_of_anything_else_ends_the_run_before_it_leaves(desk, monkeypat
         desk.train()
     assert "0.125" not in everything(caught.value)
     assert desk.reports == []
+
+
+def test_declared_groups_are_judged_at_the_same_price(home, monkeypatch):
+    """Digits 0 and 1 are groups, all others one more; two histograms cost what they cost without."""
+    home.mkdir()
+    plain = load(SweepJob, DIGITS)
+    by_digit = load(SweepJob, DIGITS, ["evaluation.groups={column: digit, categories: ['0', '1']}"])
+    assert plain.plain.charges() == by_digit.plain.charges()
+    desk = Desk(home, monkeypatch)
+    desk.job = by_digit.candidate({"training.steps": 6, "training.block": 2})
+    assert desk.leases.reserve("run", "run", desk.job.charges()).fits
+    desk.train()
+    last = desk.reports[-1]
+    assert set(last["groups"]) == {"0", "1", "other"}
+    assert all(set(one) == {"accuracy", "accuracy_error"} for one in last["groups"].values())
+    assert last["groups"]["0"]["accuracy_error"] > last["groups"]["other"]["accuracy_error"], "a tenth of the records"
+    assert len(desk.books.charged("run", VALIDATION)) == 1

@@ -27,6 +27,7 @@ class Shard:
         labels: int64 tensor [records]; or [records, length], the token that each token is, with -100 where it is not to
             be predicted.
         offsets: int64 array [units + 1]; unit u owns records offsets[u] to offsets[u+1].
+        groups: int64 tensor [records], which declared group each record is of; only where a model is judged.
         mask: int64 tensor [records, length], 1 where there is a token and 0 in the padding after them; None for tables.
 
     Raises:
@@ -37,6 +38,7 @@ class Shard:
     labels: torch.Tensor
     offsets: np.ndarray
     mask: torch.Tensor | None = None
+    groups: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.mask is not None and bool((self.mask[:, 1:] > self.mask[:, :-1]).any()):
