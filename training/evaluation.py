@@ -72,9 +72,7 @@ def noised_accuracy(
     model.train(training)  # at a rung the run goes on, and hooks see only a model that trains
     of = shard.groups if groups is not None else torch.zeros(len(right), dtype=torch.long)
     if of is None or len(of) != len(right):
-        raise PurserError(
-            "evaluation: the records have no groups, and were to be judged by them; nothing was released."
-        )
+        raise PurserError("evaluation: it has groups, but its records are in none of them; nothing was released.")
     cells = torch.bincount(2 * of + (~right).long().cpu(), minlength=2 * len(names))
     noised = release([int(count) for count in cells])
     pairs = {name: (noised[2 * i], noised[2 * i + 1]) for i, name in enumerate(names)}

@@ -7,10 +7,12 @@ import copy
 
 import pydantic
 import pytest
+from product import DIGITS
 
 from cluster.accounting.mechanisms import DiscreteGaussian, PoissonSubsampledGaussian
 from cluster.errors import UsageError
 from training.config import Feature, Job, load, override, parse
+from tuning.config import SweepJob
 
 JOB = """
 account: people
