@@ -78,7 +78,7 @@ def run(
         with local_ray(folder) as dashboard:
             client = start(ledger.url)
             screen.say(f"Ray is up, its dashboard is at http://{dashboard}; the workers are starting.")
-            with client.holding(name), _progress(screen, books, job.accounts[0], name, planned):
+            with client.holding(name), progress(screen, books, job.accounts[0], name, planned):
                 outcome = train(client, ledger.identity, job, name, name, folder)
             cost = charged(client, job, name)
     result |= {"status": outcome.status, "authorised_steps": cost.steps, "epsilon_of_run": cost.epsilon}
@@ -119,7 +119,7 @@ def refused(leases: Leases, job: Job, lease: str, accounts: Sequence[Account]) -
     return f"{explain(answer.shortages, now)}; nothing was spent. {what_would_fit(job, now, answer.shortages)}"
 
 
-def _progress(screen: Screen, books: Books, account: str, lease: str, planned: int) -> AbstractContextManager[None]:
+def progress(screen: Screen, books: Books, account: str, lease: str, planned: int) -> AbstractContextManager[None]:
     """Tell of each authorised block while the run goes on: the ledger is the one place that knows."""
     told = 0
 

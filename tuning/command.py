@@ -19,7 +19,7 @@ from cluster.errors import PurserError
 from cluster.screen import Screen
 from training import release
 from training.admission import admit, what_would_fit
-from training.command import greet
+from training.command import greet, progress
 from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Outcome, charged
 from tuning.config import SweepJob, cheapest
 from tuning.display import sweep_table
@@ -170,7 +170,9 @@ def _run(
                 if search:
                     Sweep(client, ledger.identity, job, name, folder, trials, begun, screen.say).run()
                 if final.wanted:
-                    final.run(client, ledger.identity, trials, screen.say)
+                    steps = job.tuning.reserve_for_final
+                    with progress(screen, Books(ledger), job.accounts[0], final.lease, steps):
+                        final.run(client, ledger.identity, trials, screen.say)
 
 
 def _refuse_all(trials: list[Trial], leases: Leases, name: str, folder: Path, spent: bool) -> None:
