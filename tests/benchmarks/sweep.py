@@ -6,6 +6,8 @@ quickest_vs_bare_tune  the same of the quickest of each side
 sweep_s, bare_s        the medians, in seconds
 before_s               of the sweep's, what comes before Tune begins: admission, and the accountant's start
 
+--quick takes one round, whose first side finds cold caches: it shows that both sides run, its ratio says little.
+
 Ours is what `purser tune` does between Ray's start and its table: the source is read, fingerprinted and admitted, the
 accountant started over an SQLite file, and `tuning.sweep.Sweep` run. The bare side is what one would write without us:
 the same candidates as a grid for Tune, with the same resources and concurrency, whose trainable fits a TorchTrainer of
