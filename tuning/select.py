@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -125,12 +125,16 @@ def _run(job: SweepJob, order: int, books: Books, lease: str, name: str, folder:
             client = start(books.ledger.url)
             screen.say(f"Ray is up, its dashboard is at http://{dashboard}; the workers are starting.")
             with client.holding(name):
-                paid = all(books.charged(lease, account) for account in job.accounts)  # before an interruption
-                epoch = client.epoch(lease) if paid else _open(client, lease, job.selection(order))
+
+                def paid() -> bool:
+                    return all(books.charged(lease, account) for account in job.accounts)
+
+                # Paid already: before an interruption.
+                epoch = client.epoch(lease) if paid() else _open(client, lease, job.selection(order))
                 if epoch is None:
                     client.close(lease, "release", REFUSED)
                     return Outcome(REFUSED, why="others have spent the budget meanwhile; nothing was spent by this.")
-                return _groups(job, order, books.ledger.identity, lease, epoch, folder)
+                return _groups(job, order, books.ledger.identity, lease, epoch, folder, paid)
 
 
 def _open(client: AccountantClient, lease: str, charges: list[Charge]) -> int | None:
@@ -141,7 +145,9 @@ def _open(client: AccountantClient, lease: str, charges: list[Charge]) -> int | 
     return attempt.epoch if all(attempt.steps[charge.account] == 1 for charge in charges) else None
 
 
-def _groups(job: SweepJob, order: int, ledger: str, lease: str, epoch: int, folder: Path) -> Outcome:
+def _groups(
+    job: SweepJob, order: int, ledger: str, lease: str, epoch: int, folder: Path, paid: Callable[[], bool]
+) -> Outcome:
     """Run the worker groups until the queue is empty: as many as the machine holds, however many candidates wait."""
     import ray
 
@@ -170,8 +176,9 @@ def _groups(job: SweepJob, order: int, ledger: str, lease: str, epoch: int, fold
         except Exception as error:  # noqa: BLE001 (its message may hold anything)
             failure = f"a group's driver failed with {without_content(error)}"
         failures += [failure] if failure else []
-    if failures and Sealed(folder).left:
-        return Outcome(FAILED, why=f"{failures[0].rstrip('.')}; what was authorised is spent")
+    # Where nobody came as far as paying, not even that there was no candidate may be told.
+    if failures and (Sealed(folder).left or not paid()):
+        return Outcome(FAILED, why=failures[0].rstrip("."))
     return Outcome(COMPLETED)
 
 

@@ -148,10 +148,11 @@ def test_a_changed_job_does_not_go_on(selected, monkeypatch):
         selected([0.4], "training.optimizer.momentum=0.5", resume=folder.name)
 
 
-def test_groups_that_gave_up_leave_the_rest_for_a_resume(home, monkeypatch):
-    """And say what their driver said, no more."""
+@pytest.mark.parametrize(("count", "paid", "status"), [(2, True, FAILED), (0, False, FAILED), (0, True, COMPLETED)])
+def test_groups_that_gave_up_leave_the_rest_for_a_resume(home, monkeypatch, count, paid, status):
+    """And say what their driver said, no more. That K was 0 is told only if it was paid for."""
     job = load(SweepJob, DIGITS, SELECT)
-    monkeypatch.setattr(module, "draw", lambda repetitions: 2)
+    monkeypatch.setattr(module, "draw", lambda repetitions: count)
     home.mkdir()
     Sealed(home).draw(job)
 
@@ -165,9 +166,9 @@ def test_groups_that_gave_up_leave_the_rest_for_a_resume(home, monkeypatch):
             return answer
 
     monkeypatch.setitem(sys.modules, "ray", Ray())
-    outcome = select._groups(job, 8, "ledger", "lease", 1, home)
-    assert outcome.status == FAILED
-    assert outcome.why == "worker: it failed; what was authorised is spent"
+    outcome = select._groups(job, 8, "ledger", "lease", 1, home, lambda: paid)
+    assert outcome.status == status
+    assert outcome.why == ("worker: it failed" if status == FAILED else "")
 
 
 @pytest.mark.cluster
