@@ -25,8 +25,11 @@ lint: $(STAMP)
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
 
+# What starts Ray mostly waits for processes to start, and runs beside the rest; the log of the rest is shown after it.
 test: lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m "not cluster" > $(VENV)/rest.log 2>&1 & rest=$$!; \
+	$(BIN)/python -m pytest -m cluster; cluster=$$?; \
+	wait $$rest; rest=$$?; cat $(VENV)/rest.log; exit $$((cluster || rest))
 
 # The same tests with large counts: hours instead of minutes.
 soak: $(STAMP)

@@ -92,7 +92,8 @@ BAD = {
     "no file": (["data.source=absent.csv"], ["data.source", "absent.csv"]),
     "no column features": ([f"data.source={DIGITS}"], ["data.features"]),
     "a cnn without its image": (["model.kind=cnn", "model.image=[1, 3, 3]"], ["model.image"]),
-    "select mode": (["tuning.mode=select"], ["tuning.mode", "filter"]),
+    "a selection that learns": (["tuning.mode=select", "tuning.search=optuna"], ["tuning.search", "random"]),
+    "a selection that halves": (["tuning.mode=select", "tuning.scheduler=asha"], ["tuning.scheduler", "none"]),
     "an override without =": (["training.steps"], ["override", "section.key=value"]),
 }
 

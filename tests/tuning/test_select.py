@@ -178,7 +178,7 @@ def test_a_selection_that_is_killed_goes_on_with_what_it_had_drawn(purser):
     began = time.time()
     job = (DIGITS, *SELECT, "tuning.repeats={distribution: poisson}", "tuning.trials=5", "training.workers=3")
     process = subprocess.Popen(
-        [str(Path(sys.executable).parent / "purser"), "tune", *map(str, job), "training.steps=60",
+        [str(Path(sys.executable).parent / "purser"), "tune", *map(str, job), "training.steps=30",
          "training.noise_multiplier=20"],
         cwd=purser.folder, env=purser.environment(), stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
