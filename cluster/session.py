@@ -21,6 +21,11 @@ def cpus() -> int:
     return max(2, len(os.sched_getaffinity(0)))
 
 
+def groups_at_once(workers: int) -> int:
+    """How many worker groups of so many workers this machine holds, at least one."""
+    return max(1, int(cpus() / (workers * CPUS_PER_WORKER)))
+
+
 def environment() -> dict[str, str]:
     """Variables that Ray, its workers and our own code on them must agree on."""
     # Ray's dashboard shows these; a server's URL may hold a password, and only the accountant needs it.

@@ -6,7 +6,6 @@ No per-step work happens here, and no record comes here.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from cluster.accounting.answers import explain
 from cluster.accounting.books import Account, Books
 from cluster.environment import code_hash
 from cluster.errors import PurserError, without_content
+from cluster.files import write_whole
 from cluster.session import CPUS_PER_WORKER
 from training.config import Job
 from training.evaluation import RELEASED
@@ -54,8 +54,7 @@ class Outcome:
         word: what becomes of a driver that is being killed is no outcome of its run."""
         if (said := Outcome.kept(folder)) and said.rung:
             return said
-        (folder / f".{OUTCOME}").write_text(json.dumps(asdict(self)), encoding="utf-8")
-        os.replace(folder / f".{OUTCOME}", folder / OUTCOME)
+        write_whole(folder / OUTCOME, json.dumps(asdict(self)))
         return self
 
     @staticmethod
@@ -86,9 +85,8 @@ def train(
         return Outcome(REFUSED, why=explain(answer.shortages, accounts)).keep(folder)
     outcome = Outcome(FAILED, why="it was interrupted; what was authorised is spent")
     try:
-        outcome = _fit(ledger, job, lease, folder, callbacks).keep(
-            folder
-        )  # before the lease is settled: whoever goes on must know
+        # Kept before the lease is settled: whoever goes on must know.
+        outcome = _fit(ledger, job, lease, folder, callbacks).keep(folder)
     finally:
         client.close(lease, outcome.closing, outcome.status)
     return outcome

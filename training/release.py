@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.accounting.books import Account
 from cluster.accounting.costs import epsilon_text
+from cluster.files import write_whole
 from training.config import Job
 
 if TYPE_CHECKING:
@@ -53,8 +54,7 @@ def keep_rung(model: nn.Module, folder: Path, steps: int, metrics: Mapping[str, 
     rung = rung_folder(folder, steps)
     rung.mkdir(exist_ok=True)
     write_weights(model, rung)
-    (rung / f".{METRICS}").write_text(json.dumps({"steps": steps, **metrics}), encoding="utf-8")
-    os.replace(rung / f".{METRICS}", rung / METRICS)
+    write_whole(rung / METRICS, json.dumps({"steps": steps, **metrics}))
 
 
 def kept_rungs(folder: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +97,7 @@ class Rank:
 
     def validation_shard(self, table: data.Table) -> Shard:
         """Every unit of the validation partition; for rank 0, which judges."""
-        encoded = data.load(self.job, table, self.key, "validation", 0, 1)
-        groups = None if encoded.groups is None else torch.from_numpy(encoded.groups)
-        return replace(_shard(encoded), groups=groups)
+        return _shard(data.load(self.job, table, self.key, "validation", 0, 1))
 
 
 def _train(config: dict[str, Any]) -> None:
@@ -182,7 +180,8 @@ class Judge:
 
 
 def _shard(encoded: data.Encoded) -> Shard:
-    return Shard(torch.from_numpy(encoded.features), torch.from_numpy(encoded.labels), encoded.offsets)
+    groups = None if encoded.groups is None else torch.from_numpy(encoded.groups)
+    return Shard(torch.from_numpy(encoded.features), torch.from_numpy(encoded.labels), encoded.offsets, groups=groups)
 
 
 def from_rank_0(ask: Any) -> Any:

@@ -15,9 +15,10 @@ from cluster.accounting.actor import AccountantClient
 from cluster.accounting.answers import explain
 from cluster.accounting.leases import Leases
 from cluster.errors import PurserError
+from cluster.files import write_whole
 from training.driver import FAILED, REFUSED, Outcome, train
 from tuning.config import SweepJob, dearest
-from tuning.trials import Trial, best_of, said, write_whole
+from tuning.trials import Trial, best_of, said
 
 WINNER = "winner.json"  # in a sweep's folder, once its final run may begin
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import os
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.accounting.books import Account
 from cluster.accounting.costs import epsilon_text
 from cluster.errors import PurserError
+from cluster.files import write_whole
 from training.release import EXCLUDED, LIBRARIES, by_group
 from tuning.page import STYLE, Markup, Point, chart, definitions, headed, items, table, tag
 
@@ -36,9 +36,7 @@ _PLACED = (  # keys of a statement that have a place of their own on the page
 
 def write_report(folder: Path, page: str) -> Path:
     """Write `page` to the sweep's `folder`, whole or not at all; returns its path."""
-    (folder / f".{REPORT}").write_text(page, encoding="utf-8")
-    os.replace(folder / f".{REPORT}", folder / REPORT)
-    return folder / REPORT
+    return write_whole(folder / REPORT, page)
 
 
 def sweep_report(

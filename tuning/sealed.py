@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from typing import Any
 from cluster.accounting.mechanisms import RepeatAndSelect
 from cluster.accounting.selection import draw
 from cluster.errors import UsageError
+from cluster.files import write_whole
 from training.driver import COMPLETED, Outcome
 from training.release import WEIGHTS
 from tuning.config import SweepJob
@@ -85,8 +85,7 @@ class Sealed:
         queue = [{"values": job.solved(job.tuning.drawn(), order), "tag": secrets.token_hex(16)} for _ in range(count)]
         self.folder.mkdir(mode=0o700, exist_ok=True)
         whole = {"job": _hash(job), "candidates": queue}
-        (self.folder / f".{_QUEUE}").write_text(json.dumps(whole), encoding="utf-8")
-        os.replace(self.folder / f".{_QUEUE}", self.folder / _QUEUE)
+        write_whole(self.folder / _QUEUE, json.dumps(whole))
 
     def candidates(self) -> list[Candidate]:
         """All K of them."""
@@ -132,7 +131,7 @@ class Sealed:
 
     def destroy(self) -> None:
         """Forget K and the losers."""
-        shutil.rmtree(self.folder, ignore_errors=False)
+        shutil.rmtree(self.folder)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -25,6 +25,7 @@ from cluster.accounting.ledger import Ledger
 from cluster.accounting.mechanisms import Charge
 from cluster.accounting.presence import Presence
 from cluster.errors import PurserError, without_content
+from cluster.files import write_whole
 from cluster.screen import Screen
 from training import release
 from training.admission import admit
@@ -50,8 +51,7 @@ class Winner:
 
     def keep(self, folder: Path) -> Winner:
         """Write it to the sweep's folder, whole or not at all; returns itself."""
-        (folder / f".{WINNER}").write_text(json.dumps(asdict(self)), encoding="utf-8")
-        os.replace(folder / f".{WINNER}", folder / WINNER)
+        write_whole(folder / WINNER, json.dumps(asdict(self)))
         return self
 
     @staticmethod
@@ -97,10 +97,12 @@ def select(job: SweepJob, screen: Screen, resume: str | None = None) -> dict[str
             outcome = Outcome(REFUSED, why=why)
         if outcome.status == COMPLETED:
             winner = _decide(sealed, folder)
-    result = _result(job, name, lease, books, outcome, winner)
+    result = _result(job, name, outcome)
     if winner is not None:
         leases.close(lease, "settle", COMPLETED)
-        result |= _release(job, name, lease, folder, winner, accounts, charged(books, job, lease), screen)
+        paid = charged(books, job, lease)
+        result |= _listed(job, lease, winner, paid)
+        result |= _release(job, name, lease, folder, winner, accounts, paid, screen)
         if sealed.folder.exists():
             sealed.destroy()
     for account in [books.show(account) for account in job.accounts]:
@@ -151,9 +153,9 @@ def _groups(
     """Run the worker groups until the queue is empty: as many as the machine holds, however many candidates wait."""
     import ray
 
-    from cluster.session import CPUS_PER_WORKER, cpus
+    from cluster.session import groups_at_once
 
-    count = max(1, int(cpus() / (job.training.workers * CPUS_PER_WORKER)))
+    count = groups_at_once(job.training.workers)
     start = 1 + len(list(folder.glob("storage-*")))
     storage = folder / f"storage-{start}"
     storage.mkdir()
@@ -207,11 +209,9 @@ def _decide(sealed: Sealed, folder: Path) -> Winner:
     return Winner(best.values, outcome.metrics).keep(folder)
 
 
-def _result(
-    job: SweepJob, name: str, lease: str, books: Books, outcome: Outcome, winner: Winner | None
-) -> dict[str, Any]:
-    """The contract's keys. The one trial that may be listed is the winner, with the price of the whole selection."""
-    result: dict[str, Any] = {
+def _result(job: SweepJob, name: str, outcome: Outcome) -> dict[str, Any]:
+    """The contract's keys, as they are where nothing is released."""
+    return {
         "sweep": name,
         "mode": job.tuning.mode,
         "status": outcome.status,
@@ -222,13 +222,16 @@ def _result(
         "report": None,
         "why": outcome.why,
     }
-    if winner is not None and winner.values is not None:
-        steps = job.candidate(winner.values).training.steps
-        best = {"id": lease, "config": winner.values, "metrics": winner.metrics}
-        paid = {"authorised_steps": steps, "cost": charged(books, job, lease).cost}
-        trial = {**best, "status": COMPLETED, "planned_steps": steps, **paid, "why": ""}
-        result |= {"trials": [trial], "best": best}
-    return result
+
+
+def _listed(job: SweepJob, lease: str, winner: Winner, paid: Charged) -> dict[str, Any]:
+    """The one trial that may be listed: the winner, with the price of the whole selection."""
+    if winner.values is None:
+        return {}
+    steps = job.candidate(winner.values).training.steps
+    best = {"id": lease, "config": winner.values, "metrics": winner.metrics}
+    cost = {"planned_steps": steps, "authorised_steps": steps, "cost": paid.cost}
+    return {"trials": [{**best, "status": COMPLETED, **cost, "why": ""}], "best": best}
 
 
 def _release(

@@ -18,7 +18,7 @@ from ray.tune.schedulers import ASHAScheduler
 from cluster.accounting.actor import AccountantClient, connect
 from cluster.accounting.answers import explain
 from cluster.errors import PurserError, without_content
-from cluster.session import CPUS_PER_WORKER, cpus
+from cluster.session import groups_at_once
 from training.config import parse
 from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Outcome, train
 from training.evaluation import RELEASED, only_public
@@ -152,7 +152,7 @@ class Sweep(tune.Callback):
     def run(self) -> None:
         """Run every candidate that is not over and that the budget can pay for."""
         job = self._job
-        concurrent = max(1, int(cpus() / (job.training.workers * CPUS_PER_WORKER)))
+        concurrent = groups_at_once(job.training.workers)
         trainable = tune.with_parameters(
             self._trainable,
             job=job.model_dump(mode="json"),

@@ -4,7 +4,6 @@ noised."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from cluster.accounting.answers import Answer, explain
 from cluster.accounting.books import Account
 from cluster.errors import UsageError
+from cluster.files import write_whole
 from training.config import Job
 from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Charged, Outcome
 from tuning.config import SweepJob
@@ -68,16 +68,6 @@ def trial_folder(folder: Path, number: int) -> Path:
 def keep_candidates(folder: Path, candidates: Sequence[dict[str, Any]]) -> None:
     """Write what a sweep will try, before any of it is asked for; with Optuna, what it drew so far."""
     write_whole(folder / CANDIDATES, json.dumps(list(candidates), indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole and durably, or as it was."""
-    draft = path.with_name(f".{path.name}")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
 
 
 def kept_candidates(folder: Path) -> list[dict[str, Any]]:

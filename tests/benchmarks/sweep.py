@@ -36,7 +36,7 @@ from cluster import environment
 from cluster.accounting.books import Books
 from cluster.accounting.ledger import Ledger
 from cluster.screen import Screen
-from cluster.session import CPUS_PER_WORKER, cpus, local_ray
+from cluster.session import CPUS_PER_WORKER, groups_at_once, local_ray
 from tests.benchmarks import main
 from training import data
 from training.admission import admit
@@ -191,7 +191,7 @@ class Bare:
         job = self._job
         began = time.perf_counter()
         folder = Path(tempfile.mkdtemp(prefix="bare-", dir=environment.home()))
-        concurrent = max(1, int(cpus() / (job.training.workers * CPUS_PER_WORKER)))
+        concurrent = groups_at_once(job.training.workers)
         trainable = tune.with_parameters(bare_trial, job=job.model_dump(mode="json"), folder=str(folder))
         results = tune.Tuner(
             tune.with_resources(trainable, {"CPU": 0, "memory": DRIVER_MEMORY}),
