@@ -172,13 +172,13 @@ def test_the_ledgers_transactions_do_not(spent):
     engine.dispose()
 
 
-def decide_at_once(place, kind):
-    """Two accountants are asked for a run each while one still decides; returns whether the other had begun to decide,
-    and what came of both."""
+def decide_at_once(place, kind, seconds):
+    """Two accountants are asked for a run each while one still decides; returns whether the other had decided too within
+    `seconds`, from totals that it read meanwhile, and what came of both."""
     first, second = place.desk(ledger=kind), place.desk(ledger=kind)
     inside, answers = threading.Event(), []
     books = second.leases._fits
-    second.leases._fits = lambda view, charges: (inside.set(), books(view, charges))[1]
+    second.leases._fits = lambda view, charges: (books(view, charges), inside.set())[0]
     thread = threading.Thread(
         target=lambda: answers.append(outcome(lambda: second.leases.reserve("second", "second", [training()])))
     )
@@ -187,7 +187,7 @@ def decide_at_once(place, kind):
     def slowly(view, charges):
         answer = decide(view, charges)
         thread.start()
-        met.append(inside.wait(0.3))
+        met.append(inside.wait(seconds))
         return answer
 
     first.leases._fits = slowly
@@ -197,7 +197,7 @@ def decide_at_once(place, kind):
 
 
 def test_a_second_writer_does_not_decide_while_the_first_does(place, desk):
-    together, answers = decide_at_once(place, Ledger)
+    together, answers = decide_at_once(place, Ledger, seconds=0.3)
     assert not together
     assert all(answer.get().fits for answer in answers)
     assert desk.account().reserved_cost == 2 * RUN
@@ -208,7 +208,7 @@ def test_without_the_lock_both_decide_on_the_same_totals_and_are_caught(place, d
     """Broken on purpose. One place in the chain cannot be taken twice, so that even this overspends nothing; but who
     comes second is told of a database error where it ought to get its run."""
     monkeypatch.setattr(databases, "PATIENCE", 1)
-    together, answers = decide_at_once(place, WithoutLock)
+    together, answers = decide_at_once(place, WithoutLock, seconds=30)
     assert together
     assert sum(isinstance(answer.error, PurserError) for answer in answers) == 1
     assert desk.account().reserved_cost == RUN
