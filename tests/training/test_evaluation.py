@@ -248,7 +248,6 @@ def test_a_unit_with_records_in_several_groups_moves_all_cells_by_no_more_than_i
         return Watched()
 
     monkeypatch.setattr(opendp.measurements, "make_gaussian", watched)
-    monkeypatch.setattr("opendp.prelude.m.make_gaussian", watched)
     some = grouped()
     more = Shard(
         torch.cat([some.features, torch.ones(3, 1)]),
