@@ -173,8 +173,8 @@ def test_the_ledgers_transactions_do_not(spent):
 
 
 def decide_at_once(place, kind, seconds):
-    """Two accountants are asked for a run each while one still decides; returns whether the other had decided too within
-    `seconds`, from totals that it read meanwhile, and what came of both."""
+    """Two accountants are asked for a run each while one still decides; returns whether the other had read its
+    totals and decided within `seconds`, and what came of both."""
     first, second = place.desk(ledger=kind), place.desk(ledger=kind)
     inside, answers = threading.Event(), []
     books = second.leases._fits
