@@ -66,7 +66,7 @@ def _end(sentence: str, code: int) -> None:
 
 
 def _job(path: Path, overrides: list[str] | None) -> Any:
-    from training.config import load
+    from training.jobfile import load
     from tuning.config import SweepJob
 
     return load(SweepJob, path.absolute(), overrides or [])

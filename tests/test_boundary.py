@@ -81,7 +81,7 @@ def partition_sizes(purser):
     from cluster.accounting.books import Books
     from cluster.accounting.ledger import Ledger
     from training import data
-    from training.config import load
+    from training.jobfile import load
     from tuning.config import SweepJob
 
     job = load(SweepJob, purser.folder / "people.yaml")

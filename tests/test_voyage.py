@@ -140,7 +140,7 @@ def test_the_release_is_whole_and_its_statement_true(voyage):
     from cluster.accounting.books import Books
     from cluster.accounting.ledger import Ledger
     from training import data
-    from training.config import load
+    from training.jobfile import load
     from tuning.config import SweepJob
 
     purser, first, _, _ = voyage

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from cluster.accounting.answers import Shortage
 from cluster.accounting.books import Account, Books
 from cluster.accounting.costs import affordable_steps, least_noise_multiplier
-from cluster.accounting.mechanisms import NOISE_MULTIPLIER_BOUNDS, Charge, DiscreteGaussian
+from cluster.accounting.mechanisms import Charge, DiscreteGaussian
 from cluster.errors import UsageError
 from training import data
 from training.config import Job
@@ -38,15 +38,27 @@ def admit(books: Books, job: Job, plans: Mapping[str, Sequence[Charge]], trials:
 
 
 def source_of(books: Books, job: Job) -> str:
-    """The HMAC of the job's source, after checking that the source has every column that the job names."""
-    declared = data.declared(job.data)
+    """The HMAC of the job's source, after checking that every column that the job names is where it is needed, and that
+    what it declares public is no private source.
+
+    Raises:
+        UsageError: one of these does not hold.
+    """
+    declared, key = data.declared(job.data), books.source_key()
     data.image_of(job.model, declared)
-    table, groups = data.read(declared, job.privacy.unit), job.evaluation.groups
-    if groups is not None and groups.column not in table.names:
+    table = data.read(declared, job.privacy.unit)
+    source = data.fingerprint(table, key)
+    if job.evaluation.on == "validation":
+        data.check_groups(job, table, "data.source")
+        return source
+    public = data.fingerprint(data.read_public(job)[1], key)
+    # No more than this can be checked: an answer about single records would tell who is in the data.
+    if public == source or books.registered(public):
         raise UsageError(
-            f"evaluation.groups.column: the source has no column {groups.column!r}; check its header line."
+            "evaluation.source: it is the source of a dataset in this ledger, so it is not public; name a file of "
+            "other people's records, or write evaluation.on: validation."
         )
-    return data.fingerprint(table, books.source_key())
+    return source
 
 
 def plans_of(charges: Sequence[Sequence[Charge]]) -> dict[str, list[Charge]]:
@@ -71,7 +83,7 @@ def what_would_fit(job: Job, accounts: Sequence[Account], shortages: Sequence[Sh
         if isinstance(charge.mechanism, DiscreteGaussian):
             # RDP falls with the square of the noise.
             noise = math.sqrt(account.price(charge) / left) * job.evaluation.noise if left > 0 else math.inf
-            if noise > 0.999 * NOISE_MULTIPLIER_BOUNDS[1]:
+            if noise > 0.999 * job.evaluation.most_noise:
                 return nothing
             clauses.append(f"evaluation.noise={math.ceil(noise * 10) / 10:g} or more")
             continue

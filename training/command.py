@@ -24,8 +24,10 @@ from cluster.errors import UsageError
 from cluster.screen import Screen
 from training import release
 from training.admission import admit, what_would_fit
-from training.config import J, Job, parse
+from training.config import Job
 from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Outcome, charged, train
+from training.jobfile import J, parse
+from training.metrics import by_group, in_words
 
 
 def run(
@@ -135,14 +137,14 @@ def progress(screen: Screen, books: Books, account: str, lease: str, planned: in
 
 def _conclude(screen: Screen, outcome: Outcome, result: Mapping[str, Any]) -> None:
     for rung in result["rungs"]:
-        screen.say(f"after {rung['steps']} steps: accuracy {rung['accuracy']:.3f} ± {rung['accuracy_error']:.3f}")
+        screen.say(f"after {rung['steps']} steps: {in_words(rung)}")
     metrics = outcome.metrics
     epsilon = epsilon_text(result["epsilon_of_run"])
     line = f"{outcome.status}: {result['authorised_steps']} steps authorised, ε of this run {epsilon}"
     if metrics:
-        line += f", accuracy {metrics['accuracy']:.3f} ± {metrics['accuracy_error']:.3f}"
+        line += f", {in_words(metrics)}"
     screen.say(line + (f" ({outcome.why})" if outcome.why else ""))
-    for line in release.by_group(metrics):
+    for line in by_group(metrics):
         screen.say(f"  {line}", markup=False)
     if result["release"]:
         screen.say(f"Released: {result['release']}")

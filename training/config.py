@@ -6,23 +6,21 @@ declared, none derived from records (P11). `tuning.config` adds the sweep's own 
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.accounting.books import PARTITIONS, Dataset
 from cluster.accounting.mechanisms import NOISE_MULTIPLIER_BOUNDS, SAMPLE_RATE_BOUNDS, Charge, DiscreteGaussian
 from cluster.errors import UsageError
-from training import yaml12
 from training.engine.run import DPSGDRun
+from training.jobfile import override, parse
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 OTHER = "other"  # the group of records that no declared category fits
+LOSS_PARTS = 1000  # the whole numbers that a unit's loss is counted in: all of them are its bound
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
@@ -158,15 +156,21 @@ class Groups(Section):
 
 
 class Evaluation(Section):
-    """How the model is judged: a (correct, wrong) histogram of the validation partition, released with discrete
-    Gaussian noise of standard deviation `noise` records in each cell, and charged: at the end, and at each of `rungs`,
-    the steps after which it is judged on the way.
+    """How the model is judged, at the end and at each of `rungs`, the steps after which it is judged on the way.
 
-    With `groups` each group has two cells of its own. A unit moves all of them together by no more than it moved two,
-    so that the price stays what it is; the noise of the whole accuracy is that of all cells.
+    On the validation partition a (correct, wrong) histogram is released with discrete Gaussian noise of standard
+    deviation `noise` records in each cell, and charged. With metric `loss` it is the mean over units of their records'
+    mean loss, each clipped to `loss_bound` nats, and `noise` is in units. With `groups` each group has two cells of its
+    own. A unit moves all of them together by no more than it moved two, so that the price stays what it is; the noise
+    of the whole figure is that of all cells.
+
+    On public the records are those of `source`, a file like the data's that is nobody's secret: free, and exact.
     """
 
-    on: Literal["validation"] = "validation"
+    on: Literal["validation", "public"] = "validation"
+    source: str | None = None
+    metric: Literal["accuracy", "loss"] = "accuracy"
+    loss_bound: Positive = 10.0
     noise: Annotated[float, Field(ge=0.1, le=1e5)] = 5.0
     rungs: Annotated[tuple[Count, ...], Field(max_length=100)] = ()
     groups: Groups | None = None
@@ -175,7 +179,29 @@ class Evaluation(Section):
     def _checks(self) -> Evaluation:
         if any(low >= high for low, high in itertools.pairwise(self.rungs)):
             raise ValueError("rungs: each must be above the one before it")
+        if self.on == "public" and not self.source:
+            raise ValueError("source: it is missing; with on: public, name a file of records that are nobody's secret")
+        if self.on == "validation" and self.source:
+            raise ValueError("source: it is read with on: public only; the validation partition is part of data.source")
+        if self.noise > self.most_noise:
+            raise ValueError(f"noise: {self.noise:g} was given; for a loss it is in units, {self.most_noise:g} at most")
         return self
+
+    @property
+    def most_noise(self) -> float:
+        """The largest `noise` that a release can have."""
+        return NOISE_MULTIPLIER_BOUNDS[1] / (LOSS_PARTS if self.metric == "loss" else 1)
+
+    @property
+    def measured(self) -> str:
+        """What it releases, in words."""
+        what = "clipped loss" if self.metric == "loss" else "accuracy"
+        return f"noised {what}" if self.on == "validation" else f"{what} on public records"
+
+    @property
+    def error(self) -> str:
+        """What its error bars are, in words."""
+        return f"95 % of the {'noise' if self.on == 'validation' else 'chance of which public records were judged'}"
 
 
 class Release(Section):
@@ -248,136 +274,51 @@ class Job(Section):
         )
 
     @property
+    def charged(self) -> tuple[str, ...]:
+        """The accounts that a run is charged on, in the order of `charges`."""
+        return self.accounts if self.evaluation.on == "validation" else self.accounts[:1]
+
+    @property
+    def histogram(self) -> DiscreteGaussian:
+        """The mechanism of one evaluation on the validation partition.
+
+        Raises:
+            UsageError: its noise is less than may be charged for.
+        """
+        noise, most = self.evaluation.noise, self.privacy.max_records_per_unit
+        if self.evaluation.metric == "loss":
+            return DiscreteGaussian(noise * LOSS_PARTS, LOSS_PARTS)
+        if noise < (least := NOISE_MULTIPLIER_BOUNDS[0] * most):
+            raise UsageError(
+                f"evaluation.noise: {noise:g} was given; a unit may move the counts by privacy.max_records_per_unit = "
+                f"{most}, so it must be at least {least:g}."
+            )
+        return DiscreteGaussian(noise, most)
+
+    @property
     def rungs(self) -> tuple[int, ...]:
         """The steps after which a run is judged on the way: those of `evaluation.rungs` that are below its steps."""
         return tuple(rung for rung in self.evaluation.rungs if rung < self.training.steps)
 
     def charges(self) -> list[Charge]:
-        """What one run of this job asks for: its steps on train; on validation one evaluation for each rung, and one at
-        the end.
+        """What one run of this job asks for: its steps on train; on validation, unless it is judged on public records,
+        one evaluation for each rung and one at the end.
 
         Raises:
             UsageError: a number that no run of this job could have, by its field.
         """
         train, validation = self.accounts
-        most, least = self.privacy.max_records_per_unit, NOISE_MULTIPLIER_BOUNDS[0]
-        if self.evaluation.noise < least * most:
-            raise UsageError(
-                f"evaluation.noise: {self.evaluation.noise:g} was given; a unit may move the counts by "
-                f"privacy.max_records_per_unit = {most}, so it must be at least {least * most:g}."
-            )
         for rung in self.evaluation.rungs:
             if rung % self.training.block:
                 raise UsageError(
                     f"evaluation.rungs: {rung} was given; a run is judged between two blocks, so it must be a multiple "
                     f"of training.block = {self.training.block}."
                 )
-        histogram = DiscreteGaussian(self.evaluation.noise, self.privacy.max_records_per_unit)
-        return [self.run().charge(train), Charge(validation, histogram, len(self.rungs) + 1, 1)]
+        charges = [self.run().charge(train)]
+        if validation in self.charged:
+            charges.append(Charge(validation, self.histogram, len(self.rungs) + 1, 1))
+        return charges
 
     def with_values(self, values: dict[str, Any]) -> Job:
         """This job with dotted fields replaced, checked again."""
         return parse(type(self), override(self.model_dump(mode="json"), values))
-
-
-J = TypeVar("J", bound=Job)
-
-
-def override(raw: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """`raw` with each dotted key of `values` set; sections that are missing are made."""
-    for dotted, value in values.items():
-        *path, last = dotted.split(".")
-        at = raw
-        for part in path:
-            at = at.setdefault(part, {})
-            if not isinstance(at, dict):
-                raise UsageError(f"{dotted}: {part} is no section of a job; see DESIGN or infra/jobs for the shape.")
-        at[last] = value
-    return raw
-
-
-def load(kind: type[J], path: Path, assignments: Sequence[str] = ()) -> J:
-    """Read the job file at `path` with `section.key=value` overrides.
-
-    Raises:
-        UsageError: one sentence that names the file or field, what was given, and what is allowed.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError(f"JOB: {path} does not exist; name a job file such as infra/jobs/digits.yaml.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"JOB: {path} cannot be read ({type(error).__name__}); name a YAML text file.") from None
-    raw = _read_yaml(text, f"JOB: {path}")
-    values = {}
-    for assignment in assignments:
-        key, equals, value = assignment.partition("=")
-        if not equals:
-            raise UsageError(f"override: {assignment!r} was given; write section.key=value.")
-        values[key] = _read_yaml(value, f"{key}: {value!r}")
-    if not isinstance(raw, dict):
-        raise UsageError(f"JOB: {path} holds no sections; it needs account, privacy, data and model.")
-    job = parse(kind, override(raw, values))
-    source = job.data.source
-    if ":" not in source:  # a file: relative to the job file, and made absolute once
-        try:
-            absolute = str((path.parent / Path(source).expanduser()).resolve())
-        except (RuntimeError, ValueError):  # ~somebody who is not there, or a null byte
-            raise UsageError(f"data.source: {source!r} is no path; write the path of a file.") from None
-        job = job.model_copy(update={"data": job.data.model_copy(update={"source": absolute})})
-    return job
-
-
-def _read_yaml(text: str, what: str) -> Any:
-    try:
-        return yaml12.read(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}: {getattr(error, 'problem', None)}" if mark else ""
-        raise UsageError(f"{what} is not YAML{where}; check its indentation, colons and keys.") from None
-
-
-def parse(kind: type[J], raw: dict[str, Any]) -> J:
-    """Check a job's values.
-
-    Raises:
-        UsageError: the first thing that is wrong, as one sentence.
-    """
-    try:
-        job = kind.model_validate(raw)
-    except ValidationError as error:
-        raise UsageError(_sentence(kind, error)) from None
-    job.charges()
-    return job
-
-
-def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_context=False)[0]
-    path = [str(part) for part in first["loc"]]
-    field = ".".join(path)
-    given = first.get("input")
-    if first["type"] == "extra_forbidden":
-        allowed = list(_section_at(kind, path[:-1]).model_fields)
-        close = difflib.get_close_matches(path[-1], allowed, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"allowed here are {', '.join(allowed)}."
-        return f"{field}: this key is unknown; {hint}"
-    if first["type"] == "missing":
-        return f"{field}: it is missing and has no default; add it to the job file."
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if first["type"] == "value_error":
-        inner, colon, rest = message.partition(": ")
-        known = bool(colon) and inner.replace(".", "_").isidentifier()
-        return f"{'.'.join([*path, inner])}: {rest}." if known else f"{field}: {message}."
-    return f"{field}: {given!r} was given; {message}."
-
-
-def _section_at(kind: Any, path: Sequence[str]) -> Any:
-    """The model class at `path` below `kind`, through optional fields and dictionaries of sections."""
-    names = iter(path)
-    for part in names:
-        annotation = kind.model_fields[part].annotation
-        if get_origin(annotation) is dict:
-            next(names, None)  # the key, whatever it is called
-        kind = next((one for one in (*get_args(annotation), annotation) if hasattr(one, "model_fields")), kind)
-    return kind

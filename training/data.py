@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster.errors import UsageError
-from training.config import Data, Feature, Job, Label, Model
+from training.config import Data, Feature, Groups, Job, Label, Model
 
 DIGITS = "sklearn:digits"
 _PIXELS = {f"pixel_{i}": Feature(range=(0.0, 16.0)) for i in range(64)}
@@ -49,8 +49,11 @@ class Encoded:
     groups: np.ndarray | None = None
 
 
-def declared(data: Data) -> Data:
+def declared(data: Data, field: str = "data.source") -> Data:
     """`data` with the columns that a bundled source brings along.
+
+    Args:
+        field: of the job that names the source, for errors.
 
     Raises:
         UsageError: no such file, or a table without declared features or label.
@@ -58,9 +61,9 @@ def declared(data: Data) -> Data:
     if data.source == DIGITS:
         return data.model_copy(update={"features": data.features or _PIXELS, "label": data.label or _CLASSES})
     if ":" in data.source:
-        raise UsageError(f"data.source: {data.source!r} was given; write a path to a .csv or .tsv file, or {DIGITS}.")
+        raise UsageError(f"{field}: {data.source!r} was given; write a path to a .csv or .tsv file, or {DIGITS}.")
     if not Path(data.source).is_file():
-        raise UsageError(f"data.source: {data.source} does not exist or is no file; name a .csv or .tsv file.")
+        raise UsageError(f"{field}: {data.source} does not exist or is no file; name a .csv or .tsv file.")
     if not data.features:
         raise UsageError(
             "data.features: it is missing; declare a range or the categories of each column to learn from."
@@ -87,11 +90,12 @@ def image_of(model: Model, data: Data) -> tuple[int, int, int] | None:
     return shape
 
 
-def read(data: Data, unit: str = "row") -> Table:
+def read(data: Data, unit: str = "row", field: str = "data.source") -> Table:
     """Read the source as text.
 
     Args:
         unit: the privacy unit, whose column must be there unless it is a row.
+        field: of the job that names the source, for errors.
 
     Raises:
         UsageError: the file is missing, is no table, or lacks a declared column.
@@ -99,24 +103,50 @@ def read(data: Data, unit: str = "row") -> Table:
     if data.source == DIGITS:
         package = importlib.util.find_spec("sklearn")  # found, not imported: the import takes a second
         if package is None or package.origin is None:
-            raise UsageError(f"data.source: {DIGITS} comes with scikit-learn; run pip install scikit-learn.")
+            raise UsageError(f"{field}: {DIGITS} comes with scikit-learn; run pip install scikit-learn.")
         path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
         names: tuple[str, ...] | None = (*_PIXELS, _CLASSES.column)
     else:
         path, names = Path(data.source), None
-    table = _read_text(path, names)
+    table = _read_text(path, names, field)
     wanted = {f"data.features.{column}": column for column in data.features}
     if data.label is not None:
         wanted["data.label.column"] = data.label.column
     if unit != "row":
         wanted["privacy.unit"] = unit
-    for field, column in wanted.items():
+    for name, column in wanted.items():
         if column not in table.names:  # those that it has are not said: the first line of a file may be a record
-            raise UsageError(f"{field}: the source has no column {column!r}; check the header line of {path.name}.")
+            raise UsageError(f"{name}: {field} has no column {column!r}; check the header line of {path.name}.")
     return table
 
 
-def _read_text(path: Path, names: tuple[str, ...] | None) -> Table:
+def read_public(job: Job) -> tuple[Data, Table]:
+    """The file that the job declares public and is judged on: how it is read, and its content.
+
+    Raises:
+        UsageError: it is no table with the job's columns, or an empty one.
+    """
+    field, source = "evaluation.source", job.evaluation.source
+    data = declared(declared(job.data).model_copy(update={"source": source}), field)
+    table = read(data, field=field)
+    check_groups(job, table, field)
+    if not table.columns[0]:
+        raise UsageError(f"{field}: {Path(data.source).name} holds no records; name a file with some.")
+    return data, table
+
+
+def check_groups(job: Job, table: Table, field: str) -> None:
+    """Check that a table that a model is judged on has the column of the declared groups.
+
+    Raises:
+        UsageError: it has not.
+    """
+    groups = job.evaluation.groups
+    if groups is not None and groups.column not in table.names:
+        raise UsageError(f"evaluation.groups.column: {field} has no column {groups.column!r}; check its header line.")
+
+
+def _read_text(path: Path, names: tuple[str, ...] | None, field: str) -> Table:
     import pyarrow as pa
     import pyarrow.csv as pacsv
 
@@ -136,7 +166,7 @@ def _read_text(path: Path, names: tuple[str, ...] | None) -> Table:
     except (pa.ArrowException, OSError, ValueError):
         bad = "it is no table of text with a header line and as many cells in every row"
     # Raised out here, so that the library's own message, which prints cells, is not even chained to it.
-    raise UsageError(f"data.source: {path.name} cannot be used: {bad}.")
+    raise UsageError(f"{field}: {path.name} cannot be used: {bad}.")
 
 
 def fingerprint(table: Table, key: str) -> str:
@@ -156,7 +186,6 @@ def load(job: Job, table: Table, key: str, partition: str, rank: int, world: int
     those with the smallest keyed hashes.
     """
     data = declared(job.data)
-    assert data.label is not None
     secret = bytes.fromhex(key)
     rows = list(table.rows())
     column = None if job.privacy.unit == "row" else _column(table, job.privacy.unit)
@@ -179,13 +208,25 @@ def load(job: Job, table: Table, key: str, partition: str, rank: int, world: int
             chosen.append(records[: job.privacy.max_records_per_unit])
     order = [i for records in chosen for i in records]
     offsets = np.concatenate([[0], np.cumsum([len(records) for records in chosen], dtype=np.int64)]).astype(np.int64)
+    return _encoded(data, table, order, offsets, job.evaluation.groups if partition == "validation" else None)
+
+
+def load_public(job: Job) -> Encoded:
+    """Every record of the file that the job declares public, each a unit of its own; see `read_public`."""
+    data, table = read_public(job)
+    count = len(table.columns[0])
+    return _encoded(data, table, range(count), np.arange(count + 1), job.evaluation.groups)
+
+
+def _encoded(data: Data, table: Table, order: Sequence[int], offsets: np.ndarray, groups: Groups | None) -> Encoded:
+    """The records at `order`, as numbers."""
+    assert data.label is not None
     features = [_encode(_column(table, name), feature, order) for name, feature in data.features.items()]
     labels = _places(_column(table, data.label.column), data.label.categories, 0, order)
-    declared_groups, groups = job.evaluation.groups, None
-    if declared_groups is not None and partition == "validation":
-        other = len(declared_groups.categories)
-        groups = _places(_column(table, declared_groups.column), declared_groups.categories, other, order)
-    return Encoded(np.concatenate(features, axis=1), labels, offsets, groups)
+    of = None
+    if groups is not None:
+        of = _places(_column(table, groups.column), groups.categories, len(groups.categories), order)
+    return Encoded(np.concatenate(features, axis=1), labels, offsets, of)
 
 
 def _places(cells: Sequence[str], categories: Sequence[str], otherwise: int, order: Sequence[int]) -> np.ndarray:

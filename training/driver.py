@@ -19,7 +19,7 @@ from cluster.errors import PurserError, without_content
 from cluster.files import write_whole
 from cluster.session import CPUS_PER_WORKER
 from training.config import Job
-from training.evaluation import RELEASED
+from training.metrics import RELEASED
 from training.release import WEIGHTS, rung_folder
 
 COMPLETED, STOPPED, REFUSED, FAILED = "completed", "stopped", "refused", "failed"

@@ -6,6 +6,7 @@ Every number of a statement comes from the ledger or from declared facts; nothin
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -18,6 +19,7 @@ from cluster.accounting.books import Account
 from cluster.accounting.costs import epsilon_text
 from cluster.files import write_whole
 from training.config import Job
+from training.metrics import by_group, in_words
 
 if TYPE_CHECKING:
     from torch import nn
@@ -135,7 +137,8 @@ def statement(
         },
         "tuning": tuning,
         "partitions": partitions,
-        "public_data": "none",
+        "evaluation": {"figure": job.evaluation.measured, "error": job.evaluation.error},
+        "public_data": _public_data(job),
         "audits": "none",
         "excluded": list(EXCLUDED),
     }
@@ -151,12 +154,16 @@ def write_release(folder: Path, weights: Path, said: Mapping[str, Any]) -> Path:
     return release
 
 
-def by_group(metrics: Mapping[str, Any]) -> list[str]:
-    """The accuracy of each declared group, in words; none where none were declared."""
-    return [
-        f"{name}: accuracy {one['accuracy']:.3f} ± {one['accuracy_error']:.3f}"
-        for name, one in metrics.get("groups", {}).items()
-    ]
+def _public_data(job: Job) -> str:
+    """What the owner of the data declared to be public, and its content where it is a file."""
+    source = job.evaluation.source
+    if source is None:
+        return "none"
+    content = ""
+    if ":" not in source:
+        with open(source, "rb") as file:
+            content = f" (SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()})"
+    return f"{Path(source).name}{content}, declared public by the job, on which the model was judged"
 
 
 def markdown(said: Mapping[str, Any]) -> str:
@@ -172,7 +179,7 @@ def markdown(said: Mapping[str, Any]) -> str:
         f"- Neighbouring datasets differ by {protected['adjacency']}; at most {protected['max_records_per_unit']} "
         f"record(s) of a unit are used; {protected['declared_units']} units were declared.",
         f"- Released: the {said['released']['target']} in `{said['released']['file']}`"
-        + (", and the noised metrics below." if said["released"]["metrics"] else "."),
+        + (", and the metrics below." if said["released"]["metrics"] else "."),
         f"- Mechanism: {training['mechanism']}, noise_multiplier {training['noise_multiplier']:g}, max_grad_norm "
         f"{training['max_grad_norm']:g}, sample_rate {training['sample_rate']:.6g}, {training['planned_steps']} steps "
         f"planned. Sampling: {said['accounting']['sampling']}.",
@@ -207,8 +214,8 @@ def markdown(said: Mapping[str, Any]) -> str:
             )
     metrics = said["released"]["metrics"]
     if metrics:
-        lines += ["", "## Noised metrics on the validation partition", ""]
-        lines.append(f"Accuracy {metrics['accuracy']:.3f} ± {metrics['accuracy_error']:.3f} (95 % of the noise).")
+        judged = said["evaluation"]
+        lines += ["", f"## Metrics: {judged['figure']}", "", f"{in_words(metrics)} ({judged['error']}).".capitalize()]
         lines += ["", *(f"- {line}" for line in by_group(metrics))]
     lines += ["", "## Not covered", "", *(f"- {line}." for line in said["excluded"]), ""]
     lines.append("Libraries: " + ", ".join(f"{k} {v}" for k, v in said["accounting"]["libraries"].items()) + ".")

@@ -19,14 +19,15 @@ import torch.distributed as dist
 
 from cluster.accounting.actor import AccountantClient, connect
 from cluster.accounting.leases import Attempt
-from cluster.accounting.mechanisms import DiscreteGaussian
 from cluster.environment import code_hash
 from cluster.errors import PurserError, UsageError, without_content
 from training import data
-from training.config import Job, parse
+from training.config import Job
 from training.engine.sampling import Shard
 from training.engine.trainer import PrivateTrainer
-from training.evaluation import noised_accuracy, only_public
+from training.evaluation import PublicRecords, judged
+from training.jobfile import parse
+from training.metrics import only_public
 from training.models import rehearsed
 from training.release import keep_rung, write_weights
 
@@ -95,8 +96,12 @@ class Rank:
         """The units of the train partition that fall to this rank."""
         return _shard(data.load(self.job, table, self.key, "train", self.number, self.world))
 
-    def validation_shard(self, table: data.Table) -> Shard:
-        """Every unit of the validation partition; for rank 0, which judges."""
+    def judged(self, table: data.Table) -> Shard | PublicRecords | None:
+        """What models are judged on: every unit of the validation partition, or the public file. For rank 0 only."""
+        if self.number != 0:
+            return None
+        if self.job.evaluation.on == "public":
+            return PublicRecords(_shard(data.load_public(self.job)))
         return _shard(data.load(self.job, table, self.key, "validation", 0, 1))
 
 
@@ -107,17 +112,17 @@ def _train(config: dict[str, Any]) -> None:
     trainer, _ = rehearsed(job)
     run = trainer.run
     table = rank.records()
-    shard = rank.train_shard(table)
+    shard, judges = rank.train_shard(table), rank.judged(table)
 
     done = _restore(trainer)
-    judged = sum(rung <= done for rung in job.rungs)
-    attempt = from_rank_0(lambda: client.open(lease, secrets.token_hex(16), done, judged))
-    if attempt.charges != {charge.account: charge for charge in (run.charge(train_account), job.charges()[1])}:
+    behind = sum(rung <= done for rung in job.rungs) if len(job.charged) > 1 else 0
+    attempt = from_rank_0(lambda: client.open(lease, secrets.token_hex(16), done, behind))
+    if attempt.charges != {charge.account: charge for charge in (run.charge(train_account), *job.charges()[1:])}:
         raise PurserError(
             "training: what would run is not what was reserved (another noise_multiplier, batch size, steps or "
             "evaluation.noise); nothing was charged."
         )
-    judge = Judge(rank, table, lease, attempt, Path(config["folder"]))
+    judge = Judge(rank, judges, lease, attempt, Path(config["folder"]))
     block = 0
     ran = done
     while True:
@@ -139,44 +144,50 @@ def _train(config: dict[str, Any]) -> None:
 
 
 class Judge:
-    """Judges one attempt's model on its rank 0: at each rung, and at the end. Every time is authorised first (P2).
+    """Judges one attempt's model on its rank 0: at each rung, and at the end. Every time is authorised first (P2), but
+    for what is judged on public records.
 
-    What is left of the evaluations that the lease grants is kept for the end: a model without an accuracy is of no use.
+    What is left of the evaluations that the lease grants is kept for the end: a model without a figure is of no use.
+
+    Args:
+        records: what it is judged on; None on other ranks.
     """
 
-    def __init__(self, rank: Rank, table: data.Table, lease: str, attempt: Attempt, folder: Path) -> None:
-        self._rank, self._table, self._lease, self._attempt, self._folder = rank, table, lease, attempt, folder
+    def __init__(
+        self, rank: Rank, records: Shard | PublicRecords | None, lease: str, attempt: Attempt, folder: Path
+    ) -> None:
+        self._rank, self._records, self._lease, self._attempt, self._folder = rank, records, lease, attempt, folder
         self._account = rank.job.accounts[1]
         self._times = 0
 
     def at_rung(self, trainer: PrivateTrainer, steps: int) -> dict[str, Any]:
-        """The noised accuracy after `steps` steps, kept beside the weights that have it, so that a run which is stopped
-        here has a model to release; empty on other ranks, and where the budget pays for no more than the end."""
-        if self._rank.number != 0 or self._attempt.steps[self._account] - self._times <= 1:
+        """What is released of the model after `steps` steps, kept beside the weights that have it, so that a run which
+        is stopped here has a model to release; empty on other ranks, and where the budget pays for no more than the
+        end."""
+        granted = self._attempt.steps.get(self._account)
+        if self._records is None or (granted is not None and granted - self._times <= 1):
             return {}
-        metrics = self._release(trainer)
+        metrics = self._release(trainer, self._records)
         if metrics:
             trainer.check_fixed()
             keep_rung(trainer.model, self._folder, steps, metrics)
         return metrics
 
     def at_end(self, trainer: PrivateTrainer) -> dict[str, Any]:
-        """The noised accuracy of what is released, whose weights are written whether or not it could be paid for."""
-        if self._rank.number != 0:
+        """What is released of the model that leaves; its weights are written whether or not that could be paid for."""
+        if self._records is None:
             return {}
-        metrics = self._release(trainer)
+        metrics = self._release(trainer, self._records)
         write_weights(trainer.unhook(), self._folder)
         return metrics
 
-    def _release(self, trainer: PrivateTrainer) -> dict[str, Any]:
+    def _release(self, trainer: PrivateTrainer, records: Shard | PublicRecords) -> dict[str, Any]:
         self._times += 1
-        job = self._rank.job
-        if not self._rank.client.authorise(self._lease, self._attempt.epoch, self._account, self._times):
+        # By what the records are, so that no job says of private ones that they are free.
+        free = isinstance(records, PublicRecords)
+        if not free and not self._rank.client.authorise(self._lease, self._attempt.epoch, self._account, self._times):
             return {}
-        histogram = job.charges()[1].mechanism
-        assert isinstance(histogram, DiscreteGaussian)
-        shard = self._rank.validation_shard(self._table)
-        return noised_accuracy(trainer.model, shard, histogram, job.evaluation.groups)
+        return judged(trainer.model, records, self._rank.job)
 
 
 def _shard(encoded: data.Encoded) -> Shard:

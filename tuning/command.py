@@ -243,16 +243,17 @@ def _statement(name: str, trials: list[Trial], best: Trial, leaves: Trial) -> di
     assert leaves.charges is not None
     ran = sum(trial.charges is not None and trial.charges.steps > 0 for trial in trials)
     chosen = (
-        f"this model is trial {best.number} of sweep {name}, chosen by noised accuracy among {ran} "
-        "trials that ran; every one of them, and every evaluation, was charged to the same accounts."
+        f"trial {best.number} of sweep {name}, chosen by {leaves.job.evaluation.measured} among {ran} trials that ran"
     )
-    if leaves is not best:
+    if leaves is best:
+        chosen = f"this model is {chosen}; every one of them"
+    else:
         chosen = (
-            f"this model is the winner's configuration (trial {best.number} of sweep {name}, chosen by noised accuracy "
-            f"among {ran} trials that ran) trained once more for {leaves.job.training.steps} steps; every trial, every "
-            "evaluation and this last run was charged to the same accounts."
+            f"this model is the winner's configuration ({chosen}) trained once more for {leaves.job.training.steps} "
+            "steps; every trial, this last run"
         )
-    elif leaves.outcome.rung:
+    chosen += " and every evaluation on private records was charged to the same accounts."
+    if leaves.outcome.rung:
         chosen += f" It was {leaves.outcome.why}, and is what it was then."
     return release.statement(
         leaves.job, leaves.lease, leaves.charges.accounts, leaves.charges.entries, leaves.outcome.metrics, chosen

@@ -272,7 +272,7 @@ class SweepJob(Job):
         tuning = self.tuning
         return [
             Charge(account, selection_of([run[i] for run in runs], tuning.trials, tuning.repeats.shape), 1, 1)
-            for i, account in enumerate(self.accounts)
+            for i, account in enumerate(self.charged)
         ]
 
     def grid(self) -> Iterator[dict[str, Any]]:
@@ -311,15 +311,14 @@ class SweepJob(Job):
 
 def dearest(runs: Sequence[Job], orders: Sequence[int]) -> list[Charge]:
     """On each account the largest charge that one of `runs` makes, at the account's order."""
-    return [
-        max((run.charges()[i] for run in runs), key=lambda charge: price(charge, order))
-        for i, order in enumerate(orders)
-    ]
+    return [max(charges, key=lambda charge: price(charge, order)) for charges, order in _by_account(runs, orders)]
 
 
 def cheapest(runs: Sequence[Job], orders: Sequence[int]) -> list[Charge]:
     """On each account the smallest charge that one of `runs` makes: where this does not fit, none of them does."""
-    return [
-        min((run.charges()[i] for run in runs), key=lambda charge: price(charge, order))
-        for i, order in enumerate(orders)
-    ]
+    return [min(charges, key=lambda charge: price(charge, order)) for charges, order in _by_account(runs, orders)]
+
+
+def _by_account(runs: Sequence[Job], orders: Sequence[int]) -> Iterator[tuple[tuple[Charge, ...], int]]:
+    """The charges of `runs` on each account that they are charged on, and its order."""
+    return zip(zip(*(run.charges() for run in runs), strict=True), orders, strict=False)

@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Column, Table
 
 from cluster.accounting.costs import epsilon_of
+from training.metrics import figure
 from tuning.curve import drawn, epsilon_for_people
 from tuning.plan import MOST_EPSILON, MOST_TRIALS, Line, Plan
 
@@ -39,6 +40,8 @@ def plan_table(plan: Plan) -> Table:
 
     used = any(line.remaining_cost < line.budget_cost for line in lines)
     least = "least ε, with what is spent" if used else "least ε that is enough"
+    if plan.job.evaluation.on == "public":
+        table.caption = "Models are judged on public records, which costs nothing."
     row("order", lambda line: str(line.order))
     row("left before", lambda line: _left(line, 0))
     row("one trial costs", lambda line: _range(line, cost))
@@ -157,7 +160,7 @@ def _priced(line: Line, text: Callable[[int], str], otherwise: str = "–") -> s
 
 
 def sweep_table(trials: Sequence[Trial], best: Trial | None, budget_cost: int) -> Table:
-    """Every trial: its values, how it ended, what it was charged, its noised accuracy."""
+    """Every trial: its values, how it ended, what it was charged, what was released of it."""
     names = list(dict.fromkeys(name for trial in trials for name in trial.values))
     # Narrow heads over values that are never broken, so that a terminal of 80 columns shows all of it.
     heads = [
@@ -166,12 +169,11 @@ def sweep_table(trials: Sequence[Trial], best: Trial | None, budget_cost: int) -
         "status",
         "steps",
         "cost",
-        "accuracy",
+        _figure_name(trials),
     ]
     columns = [Column(head, no_wrap=True) for head in heads]
     table = Table(*columns, title="The sweep", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for trial in trials:
-        metrics = trial.outcome.metrics
         steps = trial.charges.steps if trial.charges else 0
         cost = trial.charges.cost if trial.charges else 0
         colour = {"completed": "green", "refused": "yellow", "failed": "red"}.get(trial.outcome.status, "white")
@@ -184,6 +186,10 @@ def sweep_table(trials: Sequence[Trial], best: Trial | None, budget_cost: int) -
             f"[{colour}]{trial.outcome.status}[/]",
             f"{steps}/{trial.job.training.steps}",
             f"{cost / budget_cost:.1%}",
-            f"{metrics['accuracy']:.3f} ± {metrics['accuracy_error']:.3f}" if metrics else "",
+            str(figure(trial.outcome.metrics) or ""),
         )
     return table
+
+
+def _figure_name(trials: Sequence[Trial]) -> str:
+    return "loss" if trials and trials[0].job.evaluation.metric == "loss" else "accuracy"

@@ -17,6 +17,7 @@ from cluster.accounting.leases import Leases
 from cluster.errors import PurserError
 from cluster.files import write_whole
 from training.driver import FAILED, REFUSED, Outcome, train
+from training.metrics import in_words
 from tuning.config import SweepJob, dearest
 from tuning.trials import Trial, best_of, said
 
@@ -112,5 +113,5 @@ class Final:
             outcome = train(client, ledger, final.job, final.lease, self._name, self.folder)
         except PurserError as error:
             outcome = Outcome(FAILED, why=str(error)).keep(self.folder)
-        accuracy = f", accuracy {outcome.metrics['accuracy']:.3f}" if outcome.metrics else ""
-        tell(f"final run: {outcome.status}{accuracy}{f': {outcome.why}' if outcome.why else ''}")
+        figure = f", {in_words(outcome.metrics)}" if outcome.metrics else ""
+        tell(f"final run: {outcome.status}{figure}{f': {outcome.why}' if outcome.why else ''}")

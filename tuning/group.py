@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.accounting.costs import covers
-from cluster.accounting.mechanisms import Charge, Composition, DiscreteGaussian, RepeatAndSelect, to_json
+from cluster.accounting.mechanisms import Charge, Composition, RepeatAndSelect, to_json
 from cluster.errors import PurserError, without_content
-from training.config import Job, parse
+from training.config import Job
 from training.engine.sampling import Shard
-from training.evaluation import noised_accuracy
+from training.evaluation import PublicRecords, judged
+from training.jobfile import parse
 from training.models import rehearsed
 from training.release import write_weights
 from training.worker import Rank, from_rank_0, guarded
@@ -35,14 +36,14 @@ def _select(config: dict[str, Any]) -> None:
     for run in _to_rehearse(job, config["order"]):
         rehearsed(run.model_copy(update={"data": rank.job.data}))
     table = rank.records()
-    train, validation = rank.train_shard(table), rank.validation_shard(table) if rank.number == 0 else None
+    train, judges = rank.train_shard(table), rank.judged(table)
     charges = job.selection(config["order"])
     from_rank_0(lambda: _pay(rank, charges, config["lease"], config["epoch"]))
     sealed = Sealed(Path(config["folder"]))
     while (candidate := from_rank_0(sealed.claim)) is not None:
         failure = None
         try:
-            _run(rank, charges, candidate, sealed, train, validation)
+            _run(rank, charges, candidate, sealed, train, judges)
         except Exception as error:  # noqa: BLE001 (even our own sentences would tell what the candidate was)
             failure = without_content(error)
         if failure is not None:
@@ -73,20 +74,22 @@ def _pay(rank: Rank, charges: Sequence[Charge], lease: str, epoch: int) -> None:
 
 
 def _run(
-    rank: Rank, charges: Sequence[Charge], candidate: Candidate, sealed: Sealed, train: Shard, validation: Shard | None
+    rank: Rank,
+    charges: Sequence[Charge],
+    candidate: Candidate,
+    sealed: Sealed,
+    train: Shard,
+    judges: Shard | PublicRecords | None,
 ) -> None:
     run = rank.job.with_values(candidate.values)
     trainer, _ = rehearsed(run)
-    on_train, on_validation = (charge.mechanism for charge in charges)
-    assert isinstance(on_train, RepeatAndSelect)
-    assert isinstance(on_validation, RepeatAndSelect)
-    step, histogram = (charge.mechanism for charge in (trainer.run.charge(run.accounts[0]), run.charges()[1]))
-    assert isinstance(histogram, DiscreteGaussian)
-    for selection, alone in ((on_train, (step, trainer.run.steps)), (on_validation, (histogram, 1))):
-        if not covers(selection, Composition((alone,))):
+    alone = trainer.run.charge(run.accounts[0]), *run.charges()[1:]
+    for whole, one in zip(charges, alone, strict=True):
+        assert isinstance(whole.mechanism, RepeatAndSelect)
+        if not covers(whole.mechanism, Composition(((one.mechanism, one.steps),))):
             raise PurserError("select: a candidate costs more than the selection was priced for.")
     trainer.steps(train, trainer.run.steps)
-    if validation is not None:
-        metrics = noised_accuracy(trainer.model, validation, histogram, run.evaluation.groups)
+    if judges is not None:
+        metrics = judged(trainer.model, judges, run)
         write_weights(trainer.unhook(), candidate.folder)
         sealed.keep(candidate, metrics)

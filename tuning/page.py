@@ -15,20 +15,24 @@ _LABELLED = 40  # points that get their trial's number; more of them would hide 
 
 @dataclass(frozen=True)
 class Point:
-    """One trial in the chart: its cost, that as a share of the budget, its noised accuracy and the error of it."""
+    """One trial in the chart: its cost, that as a share of the budget, its figure and the error of it.
+
+    `most` is the largest figure that there can be: 1 for an accuracy.
+    """
 
     number: int
     cost: int
     share: float
-    accuracy: float
+    value: float
     error: float
     best: bool
+    most: float = 1.0
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Where its error bar ends; no accuracy lies beyond 0 and 1, so no bar does."""
-        low, high = max(0.0, self.accuracy - self.error), min(1.0, self.accuracy + self.error)
-        return min(low, self.accuracy), max(high, self.accuracy)
+        """Where its error bar ends; no figure lies beyond 0 and `most`, so no bar does."""
+        low, high = max(0.0, self.value - self.error), min(self.most, self.value + self.error)
+        return min(low, self.value), max(high, self.value)
 
 
 def chart(points: Sequence[Point], across: str, up: str) -> Markup:
@@ -36,15 +40,15 @@ def chart(points: Sequence[Point], across: str, up: str) -> Markup:
     left, right, top, bottom = 76, 612, 26, 296
     low, high = min(point.ends[0] for point in points), max(point.ends[1] for point in points)
     if high - low < 0.02:
-        middle = min(max((low + high) / 2, 0.01), 0.99)
+        middle = min(max((low + high) / 2, 0.01), points[0].most - 0.01)
         low, high = min(low, middle - 0.01), max(high, middle + 0.01)
     xs, ys = _ticks(0.0, 1.12 * max(point.share for point in points) or 0.01), _ticks(low, high)
 
     def x_at(share: float) -> float:
         return left + (right - left) * share / xs[-1]
 
-    def y_at(accuracy: float) -> float:
-        return bottom - (bottom - top) * (accuracy - ys[0]) / (ys[-1] - ys[0])
+    def y_at(value: float) -> float:
+        return bottom - (bottom - top) * (value - ys[0]) / (ys[-1] - ys[0])
 
     drawn = []
     for tick in xs:
@@ -67,25 +71,23 @@ def chart(points: Sequence[Point], across: str, up: str) -> Markup:
         step = min(14.0, 0.8 * gap / len(column))
         for i, point in enumerate(column):
             x = x_at(point.share) + step * (i - (len(column) - 1) / 2)
-            drawn.append(_mark(point, x, y_at, labelled=point.best or len(points) <= _LABELLED))
+            drawn.append(_mark(point, x, y_at, up, labelled=point.best or len(points) <= _LABELLED))
     return tag("svg", *drawn, class_="chart", viewBox="0 0 640 350", role="img", aria_label=f"{up}, against {across}")
 
 
-def _mark(point: Point, x: float, y_at: Callable[[float], float], labelled: bool) -> Markup:
+def _mark(point: Point, x: float, y_at: Callable[[float], float], figure: str, labelled: bool) -> Markup:
     ends = [y_at(end) for end in point.ends]
-    whole = (point.accuracy - point.error, point.accuracy + point.error)
+    whole = (point.value - point.error, point.value + point.error)
     caps = [
         _line("cap", x - 4, y, x + 4, y) for y, end, all_ in zip(ends, point.ends, whole, strict=True) if end == all_
     ]
     name = f"{point.number} ★" if point.best else point.number
     return tag(
         "g",
-        tag(
-            "title", f"trial {point.number}: accuracy {point.accuracy:.3f} ± {point.error:.3f}, cost {point.share:.1%}"
-        ),
+        tag("title", f"trial {point.number}: {figure} {point.value:.3f} ± {point.error:.3f}, cost {point.share:.1%}"),
         _line("error", x, ends[0], x, ends[1]),
         *caps,
-        tag("circle", cx=_px(x), cy=_px(y_at(point.accuracy)), r=6 if point.best else 4.5),
+        tag("circle", cx=_px(x), cy=_px(y_at(point.value)), r=6 if point.best else 4.5),
         *([tag("text", name, x=_px(x), y=_px(ends[1] - 7), text_anchor="middle")] if labelled else []),
         class_="point best" if point.best else "point",
         data_trial=point.number,

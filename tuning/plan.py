@@ -16,7 +16,7 @@ from typing import Any
 from cluster.accounting import orders
 from cluster.accounting.books import Books
 from cluster.accounting.costs import budget_cost, epsilon_of, price
-from cluster.accounting.mechanisms import Charge
+from cluster.accounting.mechanisms import NOISE_MULTIPLIER_BOUNDS, Charge, DiscreteGaussian
 from cluster.accounting.selection import POISSON, quantile, repetitions_of
 from cluster.errors import UsageError
 from training.admission import plans_of
@@ -69,19 +69,19 @@ class Line:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job would cost. The line of the train account comes first.
+    """What a job would cost, with a line for each account that it is charged on; that of train comes first.
 
     `filter_trials`: how many trials filter mode would run; fewer than `tuning.trials` where the grid ends before.
     """
 
     job: SweepJob
-    lines: tuple[Line, Line]
+    lines: tuple[Line, ...]
     exists: bool
     filter_trials: int
     select_trials_p99: int
 
     def as_json(self) -> dict[str, Any]:
-        """The contract's keys and more. Order and costs are those of the train account, each ε is the larger of both
+        """The contract's keys and more. Order and costs are those of the train account, each ε is the larger of all
         accounts', and what fits or is left is the smaller."""
         train, lines = self.lines[0], self.lines
         return {
@@ -127,8 +127,15 @@ def planned(job: SweepJob) -> dict[str, list[Charge]]:
     space, and the candidates that come first; in select mode the selection, which is all that it will pay for. A field
     that is auto stays as it stands: it is solved at that order."""
     if job.tuning.mode == "select":
-        return plans_of([job.selection()])
-    return plans_of([run.charges() for run in (job.plain, *job.corners(), *candidates(job))])
+        plans = plans_of([job.selection()])
+    else:
+        plans = plans_of([run.charges() for run in (job.plain, *job.corners(), *candidates(job))])
+    for name in job.accounts:
+        if name not in plans:  # a validation account that this job does not use is made for runs that will
+            most = job.privacy.max_records_per_unit
+            noise = min(max(job.evaluation.noise, most), NOISE_MULTIPLIER_BOUNDS[1])
+            plans[name] = [Charge(name, DiscreteGaussian(noise, most), 1, 1)]
+    return plans
 
 
 def make(books: Books, job: SweepJob) -> Plan:
@@ -142,11 +149,11 @@ def make(books: Books, job: SweepJob) -> Plan:
     if exists:
         books.check_terms(job.dataset(), job.privacy.epsilon, job.privacy.delta)
     plans = planned(job)
-    chosen = {name: _chooser(job, plans[name]) for name in job.accounts}
-    at = {name: books.show(name).order if exists else chosen[name](job.privacy.epsilon) for name in job.accounts}
+    chosen = {name: _chooser(job, plans[name]) for name in job.charged}
+    at = {name: books.show(name).order if exists else chosen[name](job.privacy.epsilon) for name in job.charged}
     first = at[job.accounts[0]]
     runs, lines = candidates(job, first), []
-    for i, name in enumerate(job.accounts):
+    for i, name in enumerate(job.charged):
         asked = _asked(job, i, first)
         choose, order = chosen[name], at[name]
         if exists:
@@ -156,7 +163,7 @@ def make(books: Books, job: SweepJob) -> Plan:
             budget = remaining = budget_cost(job.privacy.epsilon, job.privacy.delta, order)
         lines.append(_line(name, asked, order, budget, remaining, job.privacy.delta, None if exists else choose))
     p99 = _p99(job.tuning.trials, job.tuning.repeats.shape)
-    return Plan(job, (lines[0], lines[1]), exists, len(runs) if _in_order(job) else job.tuning.trials, p99)
+    return Plan(job, tuple(lines), exists, len(runs) if _in_order(job) else job.tuning.trials, p99)
 
 
 def _p99(mean: int, shape: float) -> int:

@@ -20,7 +20,8 @@ from cluster.accounting.books import Account
 from cluster.accounting.costs import epsilon_text
 from cluster.errors import PurserError
 from cluster.files import write_whole
-from training.release import EXCLUDED, LIBRARIES, by_group
+from training.metrics import by_group, figure, in_words
+from training.release import EXCLUDED, LIBRARIES
 from tuning.page import STYLE, Markup, Point, chart, definitions, headed, items, table, tag
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ REPORT = "report.html"  # in a sweep's folder
 _NONE = "–"
 _PLACED = (  # keys of a statement that have a place of their own on the page
     *("schema", "run", "made_at", "protected", "guarantee", "released", "accounting", "training", "tuning"),
-    *("partitions", "excluded"),
+    *("partitions", "excluded", "evaluation"),
 )
 
 
@@ -144,16 +145,9 @@ def _unit(account: Account) -> str:
     return "record (row)" if account.dataset.unit == "row" else account.dataset.unit
 
 
-def _noised(metrics: Mapping[str, Any]) -> tuple[float, float] | None:
-    """The accuracy and its error, or None where a number is missing. By name: no other metric is shown."""
-    found = [metrics.get(name) for name in ("accuracy", "accuracy_error")]
-    numbers = [float(one) for one in found if isinstance(one, (int, float)) and math.isfinite(one)]
-    return (numbers[0], max(0.0, numbers[1])) if len(numbers) == 2 else None
-
-
-def _accuracy(metrics: Mapping[str, Any]) -> str:
-    noised = _noised(metrics)
-    return f"{noised[0]:.3f} ± {noised[1]:.3f}" if noised else _NONE
+def _best(best: Trial) -> str:
+    """What was released of the best, with what its error bar means. By name: no other metric is shown."""
+    return f"{in_words(best.outcome.metrics) or _NONE} ({best.job.evaluation.error})."
 
 
 def _summary(
@@ -162,7 +156,7 @@ def _summary(
     spent = f"This sweep spent {_share(splits[0].mine, train.budget_cost)} of the budget of {train.account}."
     if selection:
         nothing = "Nothing is released, as may happen by chance."
-        found = f"Best: accuracy {_accuracy(best.outcome.metrics)} (95 % of the noise)." if best else nothing
+        found = f"Best: {_best(best)}" if best else nothing
         opening = f"A private selection on dataset {train.dataset.name}. {spent}"
         return [tag("p", line) for line in (opening, found, why) if line]
     counts = Counter(trial.outcome.status for trial in trials)
@@ -170,7 +164,7 @@ def _summary(
     lines = [f"{len(trials)} trial{'s' * (len(trials) != 1)} on dataset {train.dataset.name}: {ended}. "]
     lines[0] += spent
     if best is not None:
-        lines.append(f"Best: trial {best.number}, accuracy {_accuracy(best.outcome.metrics)} (95 % of the noise).")
+        lines.append(f"Best: trial {best.number}, {_best(best)}")
     else:
         lines.append("No trial has a model to release.")
     return [tag("p", line) for line in (*lines, why) if line]
@@ -181,7 +175,7 @@ def _promise(train: Account) -> str:
     factor = f"{math.floor(math.exp(train.epsilon) * 100 + 1) / 100:,.2f} (e^ε)" if train.epsilon < 10 else "e^ε"
     return (
         f"What is guaranteed: everything ever released from dataset {train.dataset.name} through this ledger, every "
-        f"trial, accuracy and model and this page, is ({epsilon}, {delta})-differentially private for each {unit}. In "
+        f"trial, metric and model and this page, is ({epsilon}, {delta})-differentially private for each {unit}. In "
         f"plain words: whether one {unit} was in the data or not changes the probability of any conclusion from all of "
         f"it by a factor of at most {factor}, plus at most {delta}. Work that this budget could not pay for "
         "was refused, not run. What the guarantee leaves out stands under “Not covered”."
@@ -238,21 +232,25 @@ def _account(before: Account, after: Account, split: _Split) -> Markup:
 
 
 def _figure(trials: Sequence[Trial], best: Trial | None, train: Account) -> Markup:
-    points = [
-        Point(trial.number, trial.charges.cost, trial.charges.cost / train.budget_cost, *noised, trial is best)
-        for trial in trials
-        if (noised := _noised(trial.outcome.metrics)) and trial.charges
-    ]
+    points = []
+    for trial in trials:
+        if (found := figure(trial.outcome.metrics)) and trial.charges:
+            most = trial.job.evaluation.loss_bound if trial.job.evaluation.metric == "loss" else 1.0
+            cost = trial.charges.cost
+            best_one = trial is best
+            points.append(Point(trial.number, cost, cost / train.budget_cost, found.value, found.error, best_one, most))
     if not points:
-        return tag("p", "No trial released an accuracy, so there is nothing to draw.")
+        return tag("p", "No trial released a metric, so there is nothing to draw.")
+    evaluation = trials[0].job.evaluation
+    private = evaluation.on == "validation"
     said = (
-        "Each point is a trial under its number in the table; trials of equal cost stand side by side. Bars: 95 % of "
-        "the noise that was added to the counts, not the chance of which records were judged. The best of several "
-        "noised numbers tends to look a little better than it is."
+        f"Each point is a trial under its number in the table; trials of equal cost stand side by side. Bars: "
+        f"{evaluation.error}{', not the chance of which records were judged' if private else ''}. The best of several "
+        f"{'noised ' if private else ''}numbers tends to look a little better than it is."
     )
     if missing := len(trials) - len(points):
-        said += f" Not drawn, as no accuracy was released: {missing} trial{'s' * (missing != 1)}."
-    drawn = chart(points, f"cost, as a share of the budget of {train.account}", "accuracy, noised")
+        said += f" Not drawn, as no metric was released: {missing} trial{'s' * (missing != 1)}."
+    drawn = chart(points, f"cost, as a share of the budget of {train.account}", evaluation.measured)
     return tag("figure", drawn, tag("figcaption", said))
 
 
@@ -276,11 +274,12 @@ def _trials(accounts: Sequence[Account], trials: Sequence[Trial], best: Trial | 
                 Markup(tag("span", status, **colour) + (tag("small", why) if why else "")),
                 f"{trial.charges.steps if trial.charges else 0} of {trial.job.training.steps}",
                 *(_share(cost, account.budget_cost) for cost, account in zip(spent, accounts, strict=True)),
-                tag("span", _accuracy(trial.outcome.metrics), class_="whole"),
+                tag("span", str(figure(trial.outcome.metrics) or _NONE), class_="whole"),
             ]
         )
     marked = next((row for row, trial in enumerate(trials) if trial is best), None)
-    return table(["trial", *searched, "status", "steps charged", *costs, "accuracy"], rows, marked)
+    metric = trials[0].job.evaluation.metric if trials else "accuracy"
+    return table(["trial", *searched, "status", "steps charged", *costs, metric], rows, marked)
 
 
 def _value(value: object) -> object:
@@ -311,8 +310,8 @@ def _statement(said: Mapping[str, Any] | None) -> list[Markup]:
     """The statement's facts in its own words; what it may get in future is shown under its key."""
     if said is None:
         return [tag("p", "Nothing was released by this sweep, so there is no statement.")]
-    protected, guarantee, released, accounting = (
-        said[key] for key in ("protected", "guarantee", "released", "accounting")
+    protected, guarantee, released, accounting, judged = (
+        said[key] for key in ("protected", "guarantee", "released", "accounting", "evaluation")
     )
     unit = "record (row)" if protected["unit"] == "row" else protected["unit"]
     opening = (
@@ -326,8 +325,8 @@ def _statement(said: Mapping[str, Any] | None) -> list[Markup]:
         ("records of a unit", f"at most {protected['max_records_per_unit']} are used"),
         ("units declared", protected["declared_units"]),
         ("released", f"the {released['target']} in {released['file']}"),
-        ("noised accuracy", f"{_accuracy(released['metrics'])} (95 % of the noise), on the validation partition"),
-        *(("noised accuracy of a group", line) for line in by_group(released["metrics"])),
+        (judged["figure"], f"{figure(released['metrics']) or _NONE} ({judged['error']})"),
+        *((f"{judged['figure']}, of a group", line) for line in by_group(released["metrics"])),
         ("tuning", said["tuning"]),
         *((f"accounting: {key}", _words(value)) for key, value in accounting.items() if key != "libraries"),
         *((key.replace("_", " "), _words(value)) for key, value in said["training"].items()),

@@ -23,9 +23,9 @@ from cluster.accounting.selection import draw
 from cluster.errors import UsageError
 from cluster.files import write_whole
 from training.driver import COMPLETED, Outcome
+from training.metrics import score
 from training.release import WEIGHTS
 from tuning.config import SweepJob
-from tuning.trials import score
 
 SEALED = "sealed"  # in a sweep's folder
 _QUEUE = "queue.json"

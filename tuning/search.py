@@ -2,7 +2,7 @@
 
 Grid, random and Optuna are behind one Searcher of ours, so that no candidate bypasses the gate. The gate only asks and
 records refusals; the lease in the trial and the block in the worker are what enforce. Whatever learns here learns
-from noised metrics.
+from what was released, and so was noised or public.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ray.tune.search import Searcher
 
 from training.driver import COMPLETED, STOPPED, Outcome
+from training.metrics import figure, score
 from tuning.config import Dimension, SweepJob
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Listed:
 
 
 class TreeParzen:
-    """Optuna's tree-structured Parzen estimator. It learns the noised accuracy of each trial that has one, and at which
+    """Optuna's tree-structured Parzen estimator. It learns the released score of each trial that has one, and at which
     rung a trial was stopped; nothing else.
 
     Args:
@@ -114,20 +115,20 @@ class TreeParzen:
         if (asked := self._asked.pop(number, None)) is None:
             return
         state, value, judged = self._said(outcome)
-        for steps, accuracy in judged.items():
-            asked.report(accuracy, steps)
+        for steps, one in judged.items():
+            asked.report(one, steps)
         self._study.tell(asked, value, state)
 
     def _said(self, outcome: Outcome) -> tuple[optuna.trial.TrialState, float | None, dict[int, float]]:
         """What the study is told of a trial: its state, its value at its end, and that at the rung it stopped at."""
         from optuna.trial import TrialState
 
-        accuracy = outcome.metrics.get("accuracy")
-        if accuracy is None or outcome.status not in (COMPLETED, STOPPED):
+        if not figure(outcome.metrics) or outcome.status not in (COMPLETED, STOPPED):
             return TrialState.FAIL, None, {}
+        value = score(outcome.metrics)
         if outcome.rung:
-            return TrialState.PRUNED, None, {outcome.rung: float(accuracy)}
-        return TrialState.COMPLETE, float(accuracy), {}
+            return TrialState.PRUNED, None, {outcome.rung: value}
+        return TrialState.COMPLETE, value, {}
 
     def _ended(self, values: dict[str, Any], outcome: Outcome) -> optuna.trial.FrozenTrial:
         import optuna

@@ -32,6 +32,7 @@ from training.admission import admit
 from training.command import greet
 from training.config import Job
 from training.driver import COMPLETED, FAILED, REFUSED, Charged, Outcome, charged, group_trainer, reason
+from training.metrics import in_words
 from tuning.config import SweepJob
 from tuning.plan import make, planned
 from tuning.report import sweep_report, write_report
@@ -129,7 +130,7 @@ def _run(job: SweepJob, order: int, books: Books, lease: str, name: str, folder:
             with client.holding(name):
 
                 def paid() -> bool:
-                    return all(books.charged(lease, account) for account in job.accounts)
+                    return all(books.charged(lease, account) for account in job.charged)
 
                 # Paid already: before an interruption.
                 epoch = client.epoch(lease) if paid() else _open(client, lease, job.selection(order))
@@ -254,7 +255,7 @@ def _release(
         whole.outcome = Outcome(COMPLETED, metrics)
         said = release.statement(whole.job, lease, paid.accounts, paid.entries, metrics, _sentence(job, name))
         where = str(release.write_release(folder, folder / release.WEIGHTS, said))
-        screen.say(f"Best: accuracy {metrics['accuracy']:.3f} ± {metrics['accuracy_error']:.3f}. Released: {where}")
+        screen.say(f"Best: {in_words(metrics)}. Released: {where}")
     best = whole if winner.metrics is not None else None
     page = sweep_report(name, before, paid.accounts, [whole], best, said, selection=_facts(job, winner))
     report = str(write_report(folder, page))
@@ -270,7 +271,7 @@ def _distribution(job: SweepJob) -> str:
 
 def _sentence(job: SweepJob, name: str) -> str:
     return (
-        f"this model is the best, by noised accuracy, of a random number of candidates in selection {name} "
+        f"this model is the best, by {job.evaluation.measured}, of a random number of candidates in selection {name} "
         f"({_distribution(job)}), each drawn independently; how many there were and all others stay hidden, but for "
         "how long it took. The whole selection was charged once, before it began (Papernot and Steinke 2022)."
     )

@@ -19,9 +19,9 @@ from cluster.accounting.actor import AccountantClient, connect
 from cluster.accounting.answers import explain
 from cluster.errors import PurserError, without_content
 from cluster.session import groups_at_once
-from training.config import parse
 from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Outcome, train
-from training.evaluation import RELEASED, only_public
+from training.jobfile import parse
+from training.metrics import ACCURACY, LOSS, RELEASED, figure, in_words, only_public
 from tuning.config import SweepJob, cheapest
 from tuning.search import END, GO, REFUSE, WAIT, BudgetedSearch, Listed, Proposals, TreeParzen
 from tuning.trials import Trial, keep_candidates, lease_of, nothing_left, refuse_rest, said, trial_folder
@@ -55,16 +55,17 @@ def _outcome(outcome: Outcome) -> dict[str, Any]:
 
 
 class Halving(ASHAScheduler):
-    """Ray Tune's asynchronous successive halving over noised accuracies; knows which trials it stopped, and where.
+    """Ray Tune's asynchronous successive halving over what is released at rungs; knows which trials it stopped, and
+    where.
 
     It sees a trial's rungs only, never its end, so that what is complete is not stopped.
     """
 
-    def __init__(self, grace_period: int, reduction_factor: int) -> None:
+    def __init__(self, grace_period: int, reduction_factor: int, loss: bool = False) -> None:
         super().__init__(
             time_attr="steps",
-            metric="accuracy",
-            mode="max",
+            metric=LOSS[0] if loss else ACCURACY[0],
+            mode="min" if loss else "max",
             grace_period=grace_period,
             reduction_factor=reduction_factor,
             max_t=grace_period * reduction_factor**20,  # beyond any trial: rungs that nobody reaches
@@ -140,8 +141,9 @@ class Sweep(tune.Callback):
             todo = sorted((one for one in trials if not one.over), key=lambda one: one.number not in begun)
             self._source = Listed((one.number, one.values) for one in todo)
         grace = job.tuning.asha.grace_period or job.training.block
-        halving = job.tuning.scheduler == "asha"
-        self._halving = Halving(grace, job.tuning.asha.reduction_factor) if halving else None
+        self._halving = None
+        if job.tuning.scheduler == "asha":
+            self._halving = Halving(grace, job.tuning.asha.reduction_factor, job.evaluation.metric == "loss")
         self._live: set[int] = set()
         self._asked = set(begun)  # whose leases may hold a reservation
 
@@ -237,8 +239,8 @@ class Sweep(tune.Callback):
             mine.outcome = Outcome(**result["outcome"])
         elif result.get("steps", 0) > mine.steps:
             mine.steps = result["steps"]
-            accuracy = f", accuracy {result['accuracy']:.3f}" if "accuracy" in result else ""
-            self._tell(f"trial {mine.number:2d}  {mine.steps} of {mine.job.training.steps} steps{accuracy}")
+            said = f", {in_words(result)}" if figure(result) else ""
+            self._tell(f"trial {mine.number:2d}  {mine.steps} of {mine.job.training.steps} steps{said}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial is over, by itself or by the scheduler."""
@@ -262,8 +264,7 @@ class Sweep(tune.Callback):
         self._source.learn(mine.number, mine.outcome)
         word = mine.outcome.status
         if word in (COMPLETED, STOPPED) and mine.outcome.metrics:
-            metrics = mine.outcome.metrics
-            word = f"[green]{word}[/], accuracy {metrics['accuracy']:.3f} ± {metrics['accuracy_error']:.3f}"
+            word = f"[green]{word}[/], {in_words(mine.outcome.metrics)}"
             word += f", {mine.outcome.why}" if mine.outcome.why else ""
         elif mine.outcome.why:
             word = f"[red]{word}[/]: {mine.outcome.why}"

@@ -4,7 +4,7 @@ noised."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from cluster.errors import UsageError
 from cluster.files import write_whole
 from training.config import Job
 from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Charged, Outcome
+from training.metrics import score
 from tuning.config import SweepJob
 
 CANDIDATES = "candidates.json"  # in a sweep's folder: drawn once, so that a resumed sweep has the same
@@ -83,11 +84,6 @@ def kept_candidates(folder: Path) -> list[dict[str, Any]]:
             f"SWEEP: {folder.name} is no sweep that can be resumed; a single run goes on with purser train --resume."
         ) from None
     return candidates
-
-
-def score(metrics: Mapping[str, Any]) -> float:
-    """What runs are compared by, the higher the better: a function of what was released, and of nothing else."""
-    return float(metrics["accuracy"])
 
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:

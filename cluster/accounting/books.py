@@ -189,6 +189,11 @@ class Books:
         """The hidden key of source HMACs, one for the ledger, so that one source is one key in every dataset."""
         return self.ledger.secret(HMAC_KEY)
 
+    def registered(self, source: str) -> bool:
+        """Whether a dataset of this ledger was made for the source with this HMAC."""
+        with self.ledger.reading() as view:
+            return view.by_key(f"source:{source}") is not None
+
     def exists(self, dataset: str) -> bool:
         """Whether a dataset of this name has accounts."""
         with self.ledger.reading() as view:

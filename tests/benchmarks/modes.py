@@ -46,10 +46,11 @@ from cluster.accounting.selection import quantile, repetitions_of
 from cluster.errors import UsageError
 from tests.benchmarks import main
 from training import data
-from training.config import Job, parse
+from training.config import Evaluation, Job
 from training.engine.sampling import Shard
 from training.engine.trainer import PrivateTrainer
-from training.evaluation import noised_accuracy
+from training.evaluation import noised
+from training.jobfile import parse
 from training.models import build
 from tuning.config import SweepJob
 
@@ -247,7 +248,7 @@ def released(job: SweepJob, parts: Parts, tried: Iterable[dict[str, Any]], noise
     for values in tried:
         candidate = job.candidate({**values, "training.noise_multiplier": noise[0]})
         model = trained(candidate, parts)
-        score = noised_accuracy(model, parts.validation, DiscreteGaussian(noise[1], 1))["accuracy"]
+        score = noised(model, parts.validation, Evaluation(), DiscreteGaussian(noise[1], 1))["accuracy"]
         if best is None or score > best[0]:
             best = score, model
     assert best is not None

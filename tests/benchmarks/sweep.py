@@ -40,9 +40,10 @@ from cluster.session import CPUS_PER_WORKER, groups_at_once, local_ray
 from tests.benchmarks import main
 from training import data
 from training.admission import admit
-from training.config import Job, load, parse
+from training.config import Job
 from training.engine.sampling import Shard
 from training.engine.trainer import PrivateTrainer
+from training.jobfile import load, parse
 from training.models import build
 from training.release import write_weights
 from tuning.config import SweepJob

@@ -10,8 +10,11 @@ import pytest
 from cluster.accounting.books import Books
 from cluster.accounting.ledger import Ledger
 from cluster.errors import UsageError
-from training.admission import admit, plans_of
-from training.config import Job, parse
+from training.admission import admit, plans_of, source_of
+from training.config import Job
+from training.jobfile import parse
+from tuning.config import SweepJob
+from tuning.plan import planned
 
 SECRET = "Ada-Lovelace-HIV"
 ROWS = f"age,person,label\n36,{SECRET},yes\n41,Babbage,no\n"
@@ -135,3 +138,71 @@ def test_plans_are_the_different_charges_of_each_account(source):
         "people/train": [cheap.charges()[0], dear.charges()[0]],
         "people/validation": [cheap.charges()[1]],
     }
+
+
+def judged_on(file, source, **changes):
+    return job_of(source, evaluation={"on": "public", "source": str(file)}, **changes)
+
+
+@pytest.fixture
+def public(tmp_path):
+    path = tmp_path / "public.csv"
+    path.write_text("age,label\n20,no\n30,yes\n")
+    return path
+
+
+def test_a_job_may_be_judged_on_a_public_file_without_units(books, source, public):
+    job = judged_on(public, source)
+    accounts, _ = admit(books, job, planned(SweepJob(**dict(job))), 8)
+    assert [account.account for account in accounts] == ["people/train", "people/validation"]
+    assert [row["kind"] for row in entries(books)].count("source") == 1, "what is public has no account"
+
+
+@pytest.mark.parametrize("content", [ROWS, "\n".join([*ROWS.splitlines()[:1], *ROWS.splitlines()[:0:-1]]) + "\n"])
+def test_what_is_private_is_not_declared_public(books, source, public, content):
+    """The job's own source under another name, in another order; and another dataset's."""
+    public.write_text(content)
+    with pytest.raises(UsageError, match=r"^evaluation\.source: .*so it is not public"):
+        let_in(books, judged_on(public, source))
+    assert not books.exists("people")
+    let_in(books, job_of(source))
+    other = source.with_name("others.csv")
+    other.write_text(ROWS + "50,Byron,no\n")
+    with pytest.raises(UsageError, match=r"^evaluation\.source: .*so it is not public"):
+        let_in(books, judged_on(public, other, account="others"))
+
+
+def test_a_subset_of_what_is_private_cannot_be_told_from_other_records(books, source, public):
+    """An answer about single records would be an oracle of who is in the data: only the whole is compared."""
+    public.write_text("".join(f"{line}\n" for line in ROWS.splitlines()[:2]))
+    assert source_of(books, judged_on(public, source)) == source_of(books, job_of(source))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, r"evaluation\.source: .* does not exist"),
+        ("", r"evaluation\.source: public\.csv cannot be used"),
+        (f"age,label\n1,2,{SECRET}\n", r"evaluation\.source: public\.csv cannot be used"),
+        ("age,label\n", r"evaluation\.source: public\.csv holds no records"),
+        ("age,name\n1,x\n", r"data\.label\.column: evaluation\.source has no column 'label'"),
+        ("label\nyes\n", r"data\.features\.age: evaluation\.source has no column 'age'"),
+    ],
+)
+def test_a_public_file_that_cannot_be_used_is_found_before_anything_is_charged(books, source, public, content, said):
+    public.unlink()
+    if content is not None:
+        public.write_text(content)
+    with pytest.raises(UsageError, match=f"^{said}") as raised:
+        let_in(books, judged_on(public, source))
+    assert SECRET not in str(raised.value)
+    assert not books.exists("people")
+
+
+def test_groups_are_looked_for_where_models_are_judged(books, source, public):
+    job = judged_on(public, source)
+    with_groups = job.with_values({"evaluation.groups": {"column": "person", "categories": ["Babbage"]}})
+    with pytest.raises(UsageError, match=r"^evaluation\.groups\.column: evaluation\.source has no column 'person'"):
+        source_of(books, with_groups)
+    on_private = job_of(source, evaluation__groups={"column": "person", "categories": ["Babbage"]})
+    assert source_of(books, on_private) == source_of(books, job)

@@ -9,9 +9,11 @@ import pydantic
 import pytest
 from product import DIGITS
 
+from cluster.accounting.costs import step_cost
 from cluster.accounting.mechanisms import DiscreteGaussian, PoissonSubsampledGaussian
 from cluster.errors import UsageError
-from training.config import Feature, Job, load, override, parse
+from training.config import LOSS_PARTS, Feature, Job
+from training.jobfile import load, override, parse
 from tuning.config import SweepJob
 
 JOB = """
@@ -381,3 +383,34 @@ def test_what_no_job_holds_is_refused_all_the_same(file, what):
 def test_groups_are_declared(groups, word):
     with pytest.raises(UsageError, match=word):
         load(SweepJob, DIGITS, [f"evaluation.groups={groups}"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        (["evaluation.on=public"], "evaluation.source: it is missing"),
+        (["evaluation.source=public.csv"], "evaluation.source: it is read with on: public only"),
+        (["evaluation.on=public", "evaluation.source=~nobody-here/x.csv"], "evaluation.source: '~nobody-here/x.csv'"),
+        (["evaluation.metric=loss", "evaluation.loss_bound=0"], "evaluation.loss_bound"),
+        (["evaluation.metric=loss", "evaluation.noise=101"], "evaluation.noise: 101 was given; .* 100 at most"),
+        (["evaluation.metric=perplexity"], "evaluation.metric"),
+    ],
+)
+def test_how_a_model_is_judged_is_declared(changes, word):
+    with pytest.raises(UsageError, match=f"^{word}"):
+        load(SweepJob, DIGITS, changes)
+
+
+def test_what_is_judged_on_public_records_is_charged_for_its_steps_alone(file):
+    plain = load(Job, file)
+    public = load(Job, file, ["evaluation.on=public", "evaluation.source=public.csv", "evaluation.rungs=[20]"])
+    assert public.evaluation.source == str(file.parent / "public.csv")
+    assert public.charges() == plain.charges()[:1]
+    assert (public.charged, plain.charged) == (plain.accounts[:1], plain.accounts)
+    assert load(Job, file, ["evaluation.on=public", "evaluation.source=sklearn:digits"]).charged == plain.accounts[:1]
+
+
+def test_a_unit_s_loss_costs_what_one_record_does_however_many_it_has(file):
+    loss = load(Job, file, ["evaluation.metric=loss", "privacy.max_records_per_unit=40"]).histogram
+    assert (loss.scale, loss.l2_sensitivity) == (5.0 * LOSS_PARTS, LOSS_PARTS)
+    assert step_cost(loss, 6) == step_cost(DiscreteGaussian(5.0, 1), 6)

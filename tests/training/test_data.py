@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from cluster.errors import UsageError
 from training import data
-from training.config import Data, Job, parse
+from training.config import Data, Job
 from training.data import DIGITS, Table
+from training.jobfile import parse
 
 KEY, OTHER_KEY = "11" * 32, "22" * 32
 SECRET = "Ada-Lovelace-HIV"

@@ -19,9 +19,10 @@ from cluster.accounting.leases import Leases
 from cluster.accounting.ledger import Ledger
 from cluster.accounting.schema import entry_hash
 from cluster.accounting.verify import verify
-from training.config import Job, Optimizer, parse
+from training.config import Job, Optimizer
 from training.engine.run import DPSGDRun
 from training.engine.trainer import PrivateTrainer
+from training.jobfile import parse
 from training.release import EXCLUDED, WEIGHTS, markdown, statement, write_release, write_weights
 
 JOB = parse(

@@ -17,21 +17,20 @@ from safetensors.torch import load_file
 from cluster.accounting.books import Books
 from cluster.accounting.leases import Leases
 from cluster.accounting.ledger import Ledger
-from cluster.accounting.mechanisms import DiscreteGaussian
 from cluster.environment import code_hash
 from cluster.errors import PurserError, Unreachable
-from training import worker
+from training import data, worker
 from training.admission import admit, plans_of
-from training.config import load
 from training.engine.bookkeeping import BookKeepingHooks
 from training.engine.trainer import PrivateTrainer
-from training.evaluation import METRICS, noised_accuracy
+from training.evaluation import judged
+from training.jobfile import load
+from training.metrics import ACCURACY
 from training.models import rehearsed
 from training.release import kept_rungs
 from tuning.config import SweepJob
 
 TRAIN, VALIDATION = "digits/train", "digits/validation"
-HISTOGRAM = DiscreteGaussian(5.0, 1)
 
 
 class DirectClient:
@@ -376,7 +375,7 @@ def test_a_rung_is_paid_for_before_it_is_judged(laddered):
     assert laddered.books.show(VALIDATION).reserved_cost == 0, "what is planned is what is used"
     assert [rung["steps"] for rung in kept_rungs(laddered.folder)] == [2, 4]
     for rung, report in zip(kept_rungs(laddered.folder), laddered.reports, strict=False):
-        assert {"steps": report["steps"], **{name: report[name] for name in METRICS}} == rung
+        assert {"steps": report["steps"], **{name: report[name] for name in ACCURACY}} == rung
 
 
 def test_each_rung_keeps_the_weights_that_were_judged(laddered):
@@ -450,12 +449,8 @@ def test_the_last_evaluation_that_is_granted_is_kept_for_the_end(home, monkeypat
 def test_a_loop_that_judges_first_is_seen(laddered, monkeypatch):
     """Broken on purpose: the accuracy is released without asking; the books then hold less than was released."""
     monkeypatch.setattr(
-        worker.Judge, "_release", lambda judge, trainer: noised_accuracy(trainer.model, judge_shard(judge), HISTOGRAM)
+        worker.Judge, "_release", lambda judge, trainer, records: judged(trainer.model, records, judge._rank.job)
     )
-
-    def judge_shard(judge):
-        return judge._rank.validation_shard(judge._table)
-
     laddered.train()
     assert sum("accuracy" in report for report in laddered.reports) > evaluations(laddered) == 0
 
@@ -487,4 +482,71 @@ def test_declared_groups_are_judged_at_the_same_price(home, monkeypatch):
     assert set(last["groups"]) == {"0", "1", "other"}
     assert all(set(one) == {"accuracy", "accuracy_error"} for one in last["groups"].values())
     assert last["groups"]["0"]["accuracy_error"] > last["groups"]["other"]["accuracy_error"], "a tenth of the records"
+    assert len(desk.books.charged("run", VALIDATION)) == 1
+
+
+def on_public(folder):
+    """Overrides with which a job is judged on the first hundred digits as a file, as if they were somebody else's."""
+    table = data.read(data.declared(load(SweepJob, DIGITS).data))
+    lines = [",".join(cells) for cells in (table.names, *list(zip(*table.columns, strict=True))[:100])]
+    (folder / "public.csv").write_text("\n".join(lines) + "\n")
+    return {"evaluation.on": "public", "evaluation.source": str(folder / "public.csv")}
+
+
+@pytest.fixture
+def public(home, monkeypatch):
+    """A run that is judged on public records, with rungs after 2 and 4 of its 6 steps."""
+    home.mkdir()
+    desk = Desk(home, monkeypatch)
+    desk.job = desk.job.with_values({**on_public(home), "evaluation.rungs": [2, 4]})
+    desk.leases.reserve("run", "run", desk.job.charges())
+    return desk
+
+
+def test_what_is_judged_on_public_records_pays_for_its_steps_alone(public):
+    public.train()
+    assert public.events == ["pay train 2", "run 2", "pay train 2", "run 2", "pay train 2", "run 2", "pay train None"]
+    judged = [report for report in public.reports if "accuracy" in report]
+    assert [report["steps"] for report in judged] == [2, 4, 6]
+    assert all(report["correct"] + report["wrong"] == 100 for report in judged), "exact"
+    assert public.books.show(VALIDATION).spent_cost == 0
+    assert [rung["steps"] for rung in kept_rungs(public.folder)] == [2, 4]
+
+
+def test_a_run_on_public_records_goes_on_after_its_rungs(public, monkeypatch):
+    steps = PrivateTrainer.steps
+    monkeypatch.setattr(PrivateTrainer, "steps", lambda *given: steps(*given) if len(public.reports) < 2 else 1 / 0)
+    with pytest.raises(PurserError, match="ZeroDivisionError"):
+        public.train()
+    monkeypatch.setattr(PrivateTrainer, "steps", steps)
+    public.train()
+    assert public.reports[-1]["status"] == "completed"
+    assert [report["steps"] for report in public.reports if "accuracy" in report] == [2, 4, 6]
+
+
+def test_a_public_file_that_is_gone_is_found_before_anything_is_charged(public):
+    (public.folder.parent / "public.csv").unlink()
+    with pytest.raises(PurserError, match=r"^evaluation\.source: .* does not exist"):
+        public.train()
+    assert public.steps_charged() == 0
+
+
+def test_a_job_that_was_reserved_with_evaluations_is_not_judged_for_nothing(desk):
+    """The lease was paid for with evaluations on the validation partition: another job does not run under it."""
+    desk.job = desk.job.with_values(on_public(desk.folder.parent))
+    with pytest.raises(PurserError, match="not what was reserved"):
+        desk.train()
+    assert desk.steps_charged() == 0
+
+
+def test_losses_are_released_noised_and_charged(home, monkeypatch):
+    home.mkdir()
+    desk = Desk(home, monkeypatch)
+    desk.job = desk.job.with_values({"evaluation.metric": "loss", "evaluation.loss_bound": 5.0})
+    desk.leases.reserve("run", "run", desk.job.charges())
+    desk.train()
+    last = desk.reports[-1]
+    assert {"clipped_loss", "clipped_loss_error"} < set(last)
+    assert "accuracy" not in last
+    assert 0 < last["clipped_loss"] < 5
     assert len(desk.books.charged("run", VALIDATION)) == 1

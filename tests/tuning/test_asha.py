@@ -10,13 +10,13 @@ from product import DIGITS
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from cluster.errors import UsageError
-from training.config import load
 from training.driver import FAILED
-from training.evaluation import METRICS, PUBLIC
+from training.jobfile import load
+from training.metrics import ACCURACY, PUBLIC
 from tuning.config import SweepJob
 from tuning.sweep import Halving, Reports, told
 
-JUDGED = dict.fromkeys(METRICS, 0)
+JUDGED = dict.fromkeys(ACCURACY, 0)
 
 
 def job_of(*assignments):

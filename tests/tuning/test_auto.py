@@ -12,7 +12,7 @@ from cluster.accounting.books import Books
 from cluster.accounting.costs import price
 from cluster.accounting.ledger import Ledger
 from cluster.errors import UsageError
-from training.config import load, parse
+from training.jobfile import load, parse
 from tuning.config import SweepJob
 from tuning.plan import candidates, make, planned
 from tuning.search import proposals

@@ -13,8 +13,8 @@ from cluster.accounting.books import Books
 from cluster.accounting.leases import Leases
 from cluster.accounting.ledger import Ledger
 from cluster.errors import PurserError
-from training.config import load
 from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Outcome
+from training.jobfile import load
 from tuning import final as room
 from tuning.config import SweepJob
 from tuning.final import Final

@@ -21,9 +21,9 @@ from cluster.accounting.costs import block_cost
 from cluster.accounting.ledger import Ledger
 from cluster.accounting.mechanisms import from_json
 from cluster.environment import HOME, Alive
-from training.config import load, parse
 from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Outcome
-from training.evaluation import METRICS
+from training.jobfile import load, parse
+from training.metrics import ACCURACY
 from tuning.config import SweepJob
 from tuning.plan import planned
 from tuning.search import proposals
@@ -74,7 +74,7 @@ class Trainable(tune.Trainable):
         self._judged += 1
         assert self.pay(self._job.accounts[1], self._judged)
         accuracy = (self._number * 23 % 40) / 40
-        return dict.fromkeys(METRICS, 0) | {"accuracy": accuracy, "accuracy_error": 0.02}
+        return dict.fromkeys(ACCURACY, 0) | {"accuracy": accuracy, "accuracy_error": 0.02}
 
     def step(self):
         if self._epoch is None:

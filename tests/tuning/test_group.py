@@ -19,8 +19,9 @@ from cluster.environment import code_hash
 from cluster.errors import PurserError
 from training import worker
 from training.admission import admit
-from training.config import Job, load
+from training.config import Job
 from training.engine.trainer import PrivateTrainer
+from training.jobfile import load
 from tuning import group
 from tuning import sealed as module
 from tuning.config import SweepJob
@@ -34,13 +35,13 @@ SPACE = "{training.optimizer.learning_rate: {loguniform: [1, 16]}, training.step
 class Desk:
     """A selection that is reserved, opened and drawn, and a record of what its worker does."""
 
-    def __init__(self, home, monkeypatch, count=3):
+    def __init__(self, home, monkeypatch, count=3, more=()):
         torch.set_num_threads(1)
         self.ledger = Ledger(f"sqlite:///{home}/ledger.db")
         self.books = Books(self.ledger)
         self.leases = Leases(self.books)
         values = ["tuning.mode=select", "tuning.search=random", f"tuning.space={SPACE}", "training.workers=1"]
-        self.job = load(SweepJob, DIGITS, values)
+        self.job = load(SweepJob, DIGITS, [*values, *more])
         accounts, _ = admit(self.books, self.job.plain, planned(self.job), 8)
         self.order = accounts[0].order
         monkeypatch.setattr(module, "draw", lambda repetitions: count)
@@ -199,3 +200,16 @@ def test_a_group_that_paid_afterwards_would_be_seen(desk, monkeypatch):
     monkeypatch.setattr(group, "_pay", lambda *given: None)
     desk.work()
     assert desk.events[0].startswith("run")
+
+
+def test_what_is_judged_on_public_records_pays_on_train_alone(home, monkeypatch):
+    """The selection's price is that of training; the validation account is not touched."""
+    home.mkdir()
+    rows = [[*(f"pixel_{i}" for i in range(64)), "digit"], *([*["8"] * 64, str(digit)] for digit in range(10))]
+    (home / "public.csv").write_text("\n".join(map(",".join, rows)))
+    public = ["evaluation.on=public", f"evaluation.source={home / 'public.csv'}"]
+    desk = Desk(home, monkeypatch, more=public)
+    assert [charge.account for charge in desk.job.selection(desk.order)] == ["digits/train"]
+    desk.work()
+    assert desk.charges() == [*prices(desk), []]
+    assert desk.sealed.best().outcome.metrics["correct"] == 1, "of ten records that are alike, exactly"

@@ -8,8 +8,8 @@ from optuna.trial import TrialState
 from product import DIGITS
 
 from cluster.errors import UsageError
-from training.config import load
 from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Outcome
+from training.jobfile import load
 from tuning.config import SweepJob
 from tuning.search import TreeParzen
 from tuning.trials import Trial, keep_candidates, kept_candidates

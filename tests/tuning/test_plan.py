@@ -21,10 +21,10 @@ from cluster.accounting.selection import quantile, repetitions_of
 from cluster.errors import UsageError
 from training import data
 from training.admission import plans_of, what_would_fit
-from training.config import load
+from training.jobfile import load
 from tuning.config import SweepJob
 from tuning.display import plan_curve, plan_table, plan_verdict
-from tuning.plan import MOST_EPSILON, candidates, make
+from tuning.plan import MOST_EPSILON, candidates, make, planned
 
 DIGITS = Path(__file__).parents[2] / "infra" / "jobs" / "digits.yaml"
 CONTRACT = {"account", "epsilon", "delta", "order", "mode", "trial_cost", "trials_that_fit"} | {
@@ -632,3 +632,18 @@ def test_an_offered_evaluation_noise_is_allowed(books):
     _, given = offered(job.plain, accounts_with(books, job, validation=10))
     for offer in given:
         job.with_values(offer)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_judged_on_public_records_is_planned_on_train_alone(books, mode, tmp_path):
+    """Both accounts are made, but only one is asked."""
+    public = (f"evaluation.source={tmp_path / 'public.csv'}", "evaluation.on=public", f"tuning.mode={mode}")
+    job, private = job_of(*public), job_of(f"tuning.mode={mode}")
+    plan = make(books, job)
+    assert [line.account for line in plan.lines] == ["digits/train"]
+    assert plan.lines[0] == make(books, private).lines[0]
+    assert "validation" not in shown(plan).replace("public", "")
+    assert "judged on public records" in shown(plan)
+    accounts = books.create(job.dataset(["ab" * 32]), 3.0, 1e-4, planned(job), 8)
+    assert [account.account for account in accounts] == ["digits/train", "digits/validation"]
+    assert set(make(books, job).as_json()) == set(make(books, private).as_json())

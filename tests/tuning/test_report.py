@@ -18,8 +18,9 @@ import pytest
 from cluster.accounting.books import Account, Dataset
 from cluster.accounting.costs import budget_cost, epsilon_of
 from cluster.errors import PurserError
-from training.config import Job, parse
+from training.config import Job
 from training.driver import Charged, Outcome
+from training.jobfile import parse
 from training.release import EXCLUDED, statement
 from tuning import page, report
 from tuning.report import sweep_report, write_report

@@ -23,7 +23,7 @@ from cluster.accounting.mechanisms import (
 )
 from cluster.accounting.selection import POISSON, masses, repetitions_of
 from cluster.errors import UsageError
-from training.config import load
+from training.jobfile import load
 from tuning import sealed as module
 from tuning.config import SweepJob
 from tuning.sealed import Sealed

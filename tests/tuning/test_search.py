@@ -17,7 +17,7 @@ from scipy import stats
 
 from cluster.accounting.costs import price
 from cluster.errors import UsageError
-from training.config import load
+from training.jobfile import load
 from tuning.config import MOST_CORNERS, Dimension, SweepJob
 from tuning.search import END, GO, REFUSE, WAIT, BudgetedSearch, Listed, proposals
 

@@ -21,8 +21,8 @@ from cluster.accounting.leases import Leases
 from cluster.accounting.ledger import Ledger
 from cluster.errors import UsageError
 from cluster.screen import Screen
-from training.config import load
 from training.driver import COMPLETED, FAILED, Outcome
+from training.jobfile import load
 from tuning import sealed as module
 from tuning import select
 from tuning.config import SweepJob
