@@ -160,7 +160,7 @@ def _public_data(job: Job) -> str:
     if source is None:
         return "none"
     content = ""
-    if ":" not in source:
+    if Path(source).is_file():  # what has gone since has no content to name, and the model may leave all the same
         with open(source, "rb") as file:
             content = f" (SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()})"
     return f"{Path(source).name}{content}, declared public by the job, on which the model was judged"

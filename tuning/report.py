@@ -292,7 +292,12 @@ def _shared(trials: Sequence[Trial]) -> Markup:
     """What was not searched, from the declared sections that describe a run."""
     if not trials:
         return Markup()
-    declared = trials[0].job.model_dump(mode="json", include={"model", "training", "evaluation"}, exclude_none=True)
+    evaluation = trials[0].job.evaluation
+    idle = {"source", "noise"} if evaluation.on == "public" else {"source"}
+    idle |= set() if evaluation.metric == "loss" else {"loss_bound"}
+    declared = trials[0].job.model_dump(
+        mode="json", include={"model", "training", "evaluation"}, exclude={"evaluation": idle}, exclude_none=True
+    )
     flat = dict(_flat("", declared))
     same = (f"{name} {_words(value)}" for name, value in flat.items() if name not in trials[0].values)
     return tag("p", tag("small", "The same in every trial: ", "; ".join(same), "."))

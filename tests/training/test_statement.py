@@ -3,6 +3,7 @@ nothing that is hidden in it (P13)."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sqlite3
@@ -168,7 +169,31 @@ def test_a_run_without_metrics_says_so(books, said):
     without = statement(JOB, RUN, accounts, entries(books), {}, "none in this run.")
     assert without["released"]["metrics"] == {}
     assert "Accuracy" not in markdown(without)
-    assert "noised metrics" not in markdown(without)
+    assert "Metrics" not in markdown(without)
+
+
+def test_public_data_is_named_with_its_content(books, tmp_path):
+    file = tmp_path / "public.csv"
+    file.write_text("age,label\n20,no\n")
+    job = JOB.with_values({"evaluation": {"on": "public", "source": str(file)}})
+    accounts = [books.show(name) for name in JOB.accounts]
+    said = statement(job, RUN, accounts, entries(books), METRICS, "none in this run.")
+    content = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert said["public_data"].startswith(f"public.csv (SHA-256 {content}), declared public by the job")
+    assert str(tmp_path) not in json.dumps(said), "where it lies is nobody's business"
+    text = markdown(said)
+    assert "Metrics: accuracy on public records" in text
+    assert "Accuracy 0.765 ± 0.021 (95 % of the chance of which public records were judged)." in text
+    assert content in text
+
+
+def test_a_loss_is_told_as_one(books):
+    job = JOB.with_values({"evaluation.metric": "loss"})
+    accounts = [books.show(name) for name in JOB.accounts]
+    metrics = {"clipped_loss": 1.5, "clipped_loss_error": 0.25}
+    text = markdown(statement(job, RUN, accounts, entries(books), metrics, "none in this run."))
+    assert "Metrics: noised clipped loss" in text
+    assert "Clipped loss 1.500 ± 0.250 (95 % of the noise)." in text
 
 
 def test_nothing_hidden_is_in_it(file, said):

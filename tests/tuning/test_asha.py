@@ -136,3 +136,12 @@ def test_the_end_of_a_run_is_its_driver_s_to_tell(door):
     reports.after_report(None, [{"steps": 20, "attempt": 1}], None)
     reports.after_report(None, [{"steps": 80, "attempt": 1, "status": "completed", **JUDGED}], None)
     assert through == [([{"steps": 20, "attempt": 1}], None)]
+
+
+def test_of_losses_the_larger_are_stopped():
+    halving = Halving(20, 2, loss=True)
+    for number, loss, answer in ((1, 0.5, Halving.CONTINUE), (2, 0.8, Halving.STOP), (3, 0.2, Halving.CONTINUE)):
+        halving.on_trial_add(None, trial(number))
+        report = {"steps": 20, "training_iteration": 1, "clipped_loss": loss, "clipped_loss_error": 0.1}
+        assert halving.on_trial_result(None, trial(number), report) == answer
+    assert halving.stopped == {2: {"steps": 20, "clipped_loss": 0.8, "clipped_loss_error": 0.1}}

@@ -18,7 +18,7 @@ import pytest
 from cluster.accounting.books import Account, Dataset
 from cluster.accounting.costs import budget_cost, epsilon_of
 from cluster.errors import PurserError
-from training.config import Job
+from training.config import Evaluation, Job
 from training.driver import Charged, Outcome
 from training.jobfile import parse
 from training.release import EXCLUDED, statement
@@ -430,9 +430,9 @@ def test_points_and_error_bars_lie_where_they_should():
     best = list(tree(page).all("g", "best"))
     assert [group.at["data-trial"] for group in best] == ["1"]
     assert "1 ★" in best[0].text
-    assert "Not drawn, as no accuracy was released: 2 trials." in tree(page).text
+    assert "Not drawn, as no metric was released: 2 trials." in tree(page).text
     assert "cost, as a share of the budget of people/train" in tree(page).text
-    assert "accuracy, noised" in tree(page).text
+    assert "noised accuracy" in tree(page).text
 
 
 @pytest.mark.parametrize("changed", ["accuracy", "accuracy_error"])
@@ -523,7 +523,7 @@ def test_a_metric_that_is_missing_is_no_number(metrics):
     page = page_of(trials, trials[0])
     assert [row["accuracy"] for row in rows(page, "trial")] == ["–", "0.700 ± 0.030"]
     assert list(drawn(page)) == [2]
-    assert "Best: trial 1, accuracy –" in tree(page).text
+    assert "Best: trial 1, –" in tree(page).text
     assert not re.search(r"\b(nan|inf|None)\b", tree(page).text)
 
 
@@ -654,3 +654,22 @@ def test_the_room_imports_nothing_heavy():
     code = "import sys, tuning.report; print(*[name for name in ('ray', 'torch', 'numpy') if name in sys.modules])"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.split() == []
+
+
+def test_a_sweep_that_was_judged_by_losses_on_public_records_says_so():
+    trials = [trial(1, 0.2, 0.5), trial(2, 0.2, 0.5, seq=20)]
+    evaluation = {"on": "public", "source": "/home/somebody/public.csv", "metric": "loss", "loss_bound": 4.0}
+    for one, loss in zip(trials, (2.5, 3.9), strict=True):
+        one.job = one.job.model_copy(update={"evaluation": Evaluation(**evaluation)})
+        one.outcome = Outcome("completed", {"clipped_loss": loss, "clipped_loss_error": 0.2})
+    page = page_of(trials, trials[0])
+    text = tree(page).text
+    assert "Best: trial 1, clipped loss 2.500 ± 0.200 (95 % of the chance of which public records were judged)." in text
+    assert [row["loss"] for row in rows(page, "trial")] == ["2.500 ± 0.200", "3.900 ± 0.200"]
+    assert [next(tree(page).all("svg", "chart")).at["aria-label"].partition(",")[0]] == [
+        "clipped loss on public records"
+    ]
+    assert sorted(drawn(page)) == [1, 2]
+    assert "somebody" not in page
+    assert "evaluation.noise" not in text
+    assert "evaluation.loss_bound 4" in text

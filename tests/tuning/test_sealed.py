@@ -43,7 +43,7 @@ def sealed(tmp_path, monkeypatch):
 def ended(sealed, candidate, accuracy):
     """As a worker group leaves it."""
     (candidate.folder / "weights.safetensors").write_text(f"weights of {candidate.tag}")
-    sealed.keep(candidate, {"accuracy": accuracy})
+    sealed.keep(candidate, {"accuracy": accuracy, "accuracy_error": 0.0})
 
 
 def test_only_its_owner_sees_it(sealed):
@@ -95,7 +95,7 @@ def test_the_best_wins_and_only_its_weights_stay(sealed):
     for accuracy in (0.5, 0.9, 0.7):
         ended(sealed, sealed.claim(), accuracy)
     best = sealed.best()
-    assert best.outcome.metrics == {"accuracy": 0.9}
+    assert best.outcome.metrics["accuracy"] == 0.9
     kept = [path.read_text() for path in sealed.folder.rglob("weights.safetensors")]
     assert kept == [f"weights of {best.tag}"]
 
@@ -230,7 +230,7 @@ def test_what_wins_is_distributed_so(repetitions, tmp_path, monkeypatch):
         for candidate in iter(one.claim, None):
             law = laws[SCALES.index(candidate.values["training.noise_multiplier"])]
             count = rng.choices(list(law), list(law.values()))[0]
-            one.keep(candidate, {"accuracy": count})
+            one.keep(candidate, {"accuracy": count, "accuracy_error": 0.0})
         winner, over = one.best(), one.candidates()
         best.append(winner and (winner.values["training.noise_multiplier"], winner.outcome.metrics["accuracy"]))
         last.append(best[-1] and (over[-1].values["training.noise_multiplier"], over[-1].outcome.metrics["accuracy"]))

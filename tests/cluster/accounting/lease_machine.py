@@ -44,6 +44,20 @@ class LeaseMachine(Observer):
         self.living.add(lease)
         self.ask(Call("reserve", lease, (lease, tuple(charges))), seat, fault, retry)
 
+    @precondition(lambda self: set(self.reserved) - {"others"})
+    @rule(lease=LEASE, data=st.data(), seat=SEAT, fault=FAULT, retry=RETRY)
+    def reserve_instead_of_another(self, lease, data, seat, fault, retry):
+        """As a final run does of what was held back for it: as much, or a little more or less."""
+        held = data.draw(st.sampled_from(sorted(set(self.reserved) - {"others"})))
+        charges = []
+        for charge in self.reserved[held]:
+            steps = max(1, charge.steps + data.draw(st.sampled_from((0, 0, -1, 1, 40))))
+            one = training if charge.account.endswith("/train") else evaluation
+            charges.append(one(steps, charge.account))
+        self.living.add(lease)
+        instead = held if held != lease else None
+        self.ask(Call("reserve", lease, (lease, tuple(charges), instead)), seat, fault, retry)
+
     @precondition(lambda self: set(self.reserved) - self.settled)
     @rule(data=st.data(), seat=SEAT, fault=FAULT, retry=RETRY)
     def begin_or_crash_and_begin_again(self, data, seat, fault, retry):
@@ -51,10 +65,12 @@ class LeaseMachine(Observer):
         lease = data.draw(st.sampled_from(sorted(set(self.reserved) - self.settled)))
         most = min(charge.steps for charge in self.reserved[lease] if charge.account.endswith("/train"))
         done = data.draw(st.integers(0, most))
+        times = [charge.steps for charge in self.reserved[lease] if not charge.account.endswith("/train")]
+        judged = data.draw(st.integers(0, min(times, default=0)))
         if lease in self.running():
             self.run_next_blocks(seat, lease, data.draw(st.integers(0, 2)))
         self.living.add(lease)
-        self.ask(Call("open", lease, (f"nonce-{next(self.nonces)}", done)), seat, fault, retry)
+        self.ask(Call("open", lease, (f"nonce-{next(self.nonces)}", done, judged)), seat, fault, retry)
 
     @precondition(lambda self: self.running())
     @rule(data=st.data(), seat=SEAT, count=st.integers(1, 3), fault=FAULT, retry=RETRY)
@@ -121,7 +137,7 @@ class LeaseMachine(Observer):
             calls.append(Call("fail", "nobody", (how,)))
         calls = data.draw(st.permutations(calls))
         self.calls.extend(call for call in calls if call not in self.calls and call.what != "fail")
-        clear = {call.lease for call in calls} - self.uncertain
+        clear = {lease for call in calls for lease in call.leases} - self.uncertain
         told = self.perform(seat, fault, *calls)
         if any(done is None for done in told):
             self.perform(seat + 1, "", *calls)

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant
 from places import Places
 
 from cluster.accounting import databases, ledger
-from cluster.accounting.costs import FINE, step_cost
+from cluster.accounting.costs import FINE, price, step_cost
 from cluster.accounting.leases import CLOSING
 from cluster.accounting.mechanisms import Charge
 from cluster.accounting.verify import verify
@@ -36,6 +36,15 @@ class Call:
     what: str
     lease: str
     arguments: tuple[Any, ...]
+
+    @property
+    def leases(self) -> set[str]:
+        """Those that it may change: a reservation may take another's place."""
+        return {self.lease, *([self.instead_of] if self.instead_of else [])}
+
+    @property
+    def instead_of(self) -> str | None:
+        return self.arguments[2] if self.what == "reserve" and len(self.arguments) > 2 else None
 
     def make(self, desk: Desk) -> Any:
         if self.what == "create":
@@ -136,12 +145,11 @@ class Observer(RuleBasedStateMachine):
         """Make one call, maybe with a crash; do it again at once, or leave it for later."""
         if call not in self.calls:
             self.calls.append(call)
-        clear = call.lease not in self.uncertain
+        clear = call.leases - self.uncertain
         (done,) = self.perform(seat, fault, call)
         if done is None and retry != "later":
             (done,) = self.perform(seat if retry == "here" else seat + 1, "", call)
-            if clear:
-                self.uncertain.remove(call.lease)
+            self.uncertain -= clear
         return done or Outcome()
 
     def perform(self, seat: int, fault: str, *calls: Call) -> list[Outcome | None]:
@@ -168,7 +176,7 @@ class Observer(RuleBasedStateMachine):
         alone = before if len(calls) == 1 else None
         for call, entry in zip(calls, told, strict=True):
             if entry is None:
-                self.uncertain.add(call.lease)
+                self.uncertain |= call.leases
             else:
                 self.learn(call, entry, alone, epochs[call.lease])
         return told
@@ -188,8 +196,11 @@ class Observer(RuleBasedStateMachine):
             assert call.what == "close" or done.value == first, "asked again, it was answered otherwise"
 
     def learn_reserve(self, call: Call, done: Outcome, before: Rows | None, epoch: int) -> None:
-        lease, (_, charges) = call.lease, call.arguments
+        lease, charges = call.lease, call.arguments[1]
         known = self.reserved.get(lease)
+        if call.instead_of and done.error is None:
+            new = known is None and lease not in self.uncertain
+            self.learn_instead_of(call.instead_of, charges, done, before if new else None)
         if done.error is not None:
             assert isinstance(done.error, UsageError), done.error
             assert lease in self.uncertain or (known is not None and known != charges), "a good name was refused"
@@ -199,8 +210,24 @@ class Observer(RuleBasedStateMachine):
         else:
             assert known is None, "what was reserved is refused when it is asked again"
 
+    def learn_instead_of(self, held: str, charges: tuple[Charge, ...], done: Outcome, before: Rows | None) -> None:
+        """Whatever was answered, the other lease is over; and the room that it held was there for this one."""
+        assert held in self.uncertain or self.of(held, "settle"), "what was to make room still holds it"
+        self.over(held)
+        self.settled.add(held)
+        if before is None:
+            return
+        fit = []
+        for charge in charges:
+            rows = before[charge.account]
+            opened = json.loads(rows[0]["body"])
+            last, room = rows[-1], replay(rows).get(held, 0)
+            left = opened["budget_cost"] - last["spent_after"] - last["reserved_after"] + room
+            fit.append(price(charge, opened["order"]) <= left)
+        assert done.value.fits == all(fit), "what was held back was not there for whom it was held"
+
     def learn_open(self, call: Call, done: Outcome, before: Rows | None, epoch: int) -> None:
-        lease, (nonce, _) = call.lease, call.arguments
+        lease, nonce = call.lease, call.arguments[0]
         if done.error is not None:
             assert isinstance(done.error, UsageError), done.error
             assert lease in self.settled | self.uncertain or lease not in self.reserved, "a good attempt was refused"
