@@ -73,32 +73,44 @@ def encode(
         causal: end each text with the token that ends texts, for a model that is to learn where to stop. It is cut like
             all that is beyond `text.max_length`.
     """
-    most = text.max_length
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    most, end = text.max_length, end_of(tokenizer)
     if not causal:
-        cut = tokenizer(list(rows), truncation=True, max_length=most)["input_ids"] if rows else []
-        begins: list[int] = [0] * len(rows)
+        cut, begins = _ids(tokenizer, rows, most), [0] * len(rows)
     else:
-        # Cut once more below: a tokenizer that is told to cut would keep its last special token.
-        before = _plain(tokenizer, prompts if prompts is not None else [""] * len(rows), True, end)
-        after = _plain(tokenizer, rows, False, end)
+        # Cut here: a tokenizer that is told to cut would keep the special token at its end.
+        before = _ids(tokenizer, prompts if prompts is not None else [""] * len(rows))
+        before = [ids[:-1] if ids[-1:] == [end] else ids for ids in before]
+        after = _ids(tokenizer, rows, special=False)
         cut = [[*first, *then, end][:most] for first, then in zip(before, after, strict=True)]
         begins = [min(len(first), most) if prompts is not None else 0 for first in before]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    ids = np.full((len(rows), most), pad, dtype=np.int32)
+    ids = np.full((len(rows), most), end if tokenizer.pad_token_id is None else tokenizer.pad_token_id, np.int32)
     for row, some in zip(ids, cut, strict=True):
-        some = some or [end]
-        row[: len(some)] = some
-    length = np.array([max(1, len(some)) for some in cut], dtype=np.int32)
-    return Tokens(ids, length, np.array(begins, dtype=np.int32))
+        row[: max(1, len(some))] = some or [end]
+    length = np.array([max(1, len(some)) for some in cut], np.int32)
+    return Tokens(ids, length, np.array(begins, np.int32))
 
 
-def _plain(tokenizer: Any, rows: Sequence[str], special: bool, end: int) -> list[list[int]]:
-    """Tokens without an end: with those that begin a text where `special`."""
-    if not rows:
-        return []
-    found = tokenizer(list(rows), add_special_tokens=special)["input_ids"]
-    return [ids[:-1] if special and ids and ids[-1] == end else ids for ids in found]
+def end_of(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The token that ends a text.
+
+    Raises:
+        UsageError: the tokenizer has none.
+    """
+    for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        if token is not None:
+            return int(token)
+    raise UsageError("model.path: its tokenizer has no eos_token or sep_token to end a text with; give it one.")
+
+
+def _ids(tokenizer: Any, rows: Sequence[str], most: int | None = None, special: bool = True) -> list[list[int]]:
+    """By the library below transformers, which would log how long a record is that is longer than it likes."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    if most is None:
+        backend.no_truncation()
+    else:
+        backend.enable_truncation(most, direction="right")
+    return [encoding.ids for encoding in backend.encode_batch_fast(list(rows), add_special_tokens=special)]
 
 
 def _of_bytes() -> PreTrainedTokenizerFast:
