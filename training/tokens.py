@@ -1,4 +1,4 @@
-"""Text to tokens: the model's own tokenizer, which was made before it saw any of this data (P11), and rows of one length.
+"""Text to tokens: by the model's own tokenizer, made before it saw any of this data (P11), in rows of one length.
 
 Row by row: what a text becomes depends on nothing else. No text may appear in an error (P13).
 """
