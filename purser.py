@@ -98,6 +98,31 @@ def _finish(screen: Screen, result: dict[str, Any]) -> None:
         raise PurserError(f"failed: {result['why']}")
 
 
+@app.command("init")
+def init_job(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A .csv, .tsv, .parquet or .jsonl file, or a folder.")],
+    unit: Annotated[
+        str, typer.Option(metavar="COL", help="Whom a record belongs to; a row protects each alone.")
+    ] = "row",
+    label: Annotated[str | None, typer.Option(metavar="COL", help="The column to predict.")] = None,
+    text: Annotated[str | None, typer.Option(metavar="COL", help="The column that a language model reads.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="COL", help="A column that stands before the text.")] = None,
+    out: Annotated[Path, typer.Option(metavar="JOB", help="The job file; none is overwritten.")] = Path("job.yaml"),
+    as_json: Json = False,
+) -> None:
+    """A commented job file from a file's declared columns; no record is read."""
+    from training.scaffold import Wanted, write_job
+
+    screen = Screen(as_json)
+    marked = write_job(data, Wanted(unit, label, text, prompt), out)
+    screen.say(
+        f"Wrote {out} from the names of columns alone. {marked} lines in it are marked for you to fill in.",
+        markup=False,
+    )
+    screen.say(f"Next: fill them in, then purser plan {shlex.quote(str(out))}", markup=False)
+    screen.result({"job": str(out.absolute())})
+
+
 @app.command()
 def plan(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """What a job would cost; touches no data and spends nothing."""
