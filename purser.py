@@ -186,6 +186,39 @@ def tune(
     _finish(screen, sweep(whole, screen, resume))
 
 
+@app.command()
+def generate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run or sweep by its name, or a release folder.")],
+    prompts: Annotated[Path, typer.Option(metavar="FILE", help="Public prompts: CSV, TSV or JSON lines.")],
+    count: Annotated[int, typer.Option(metavar="N", help="Texts for each prompt.")] = 1,
+    column: Annotated[str, typer.Option(metavar="COL", help="The column that holds the prompts.")] = "prompt",
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="The length of a text, at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Below 1 more of the likely, above less; 0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Of the words, only the likeliest of this probability.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(metavar="WORD", help="Ends a text; may be repeated.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draws the same texts again; it reaches nothing private.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="A .jsonl or .parquet file; none is overwritten.")] = Path(
+        "generated.jsonl"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Synthetic text from a released language model, after public prompts; costs nothing."""
+    from training.generate import Sampling, check_out
+    from training.generate import generate as write
+    from training.prompts import read_prompts, released
+
+    screen = Screen(as_json)
+    how = Sampling(count, max_new_tokens, temperature, top_p, tuple(stop or ()), seed)
+    check_out(out)
+    source, books = released(run), _books()
+    screen.say(f"Ledger {books.ledger.place}")
+    texts = read_prompts(prompts, column, source, books)
+    screen.say("Prompts must be nobody's secret: that they are no whole source of the ledger is all that is checked.")
+    result = write(source, texts, how, out, screen)
+    screen.say(f"Wrote {result['out']}, and beside it {result['statement']}", markup=False)
+    screen.result(result)
+
+
 @budget.command()
 def create(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Make the dataset and its accounts as the job says; prints how the order of each is chosen."""

@@ -78,8 +78,7 @@ def encode(
         cut, begins = _ids(tokenizer, rows, most), [0] * len(rows)
     else:
         # Cut here: a tokenizer that is told to cut would keep the special token at its end.
-        before = _ids(tokenizer, prompts if prompts is not None else [""] * len(rows))
-        before = [ids[:-1] if ids[-1:] == [end] else ids for ids in before]
+        before = _before(tokenizer, prompts if prompts is not None else [""] * len(rows))
         after = _ids(tokenizer, rows, special=False)
         cut = [[*first, *then, end][:most] for first, then in zip(before, after, strict=True)]
         begins = [min(len(first), most) if prompts is not None else 0 for first in before]
@@ -88,6 +87,17 @@ def encode(
         row[: max(1, len(some))] = some or [end]
     length = np.array([max(1, len(some)) for some in cut], np.int32)
     return Tokens(ids, length, np.array(begins, np.int32))
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[list[int]]:
+    """Prompts as a causal model was trained to read them, for it to go on from; each at least one token."""
+    return [ids or [end_of(tokenizer)] for ids in _before(tokenizer, prompts)]
+
+
+def _before(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[list[int]]:
+    """With what begins a text, and without what ends it."""
+    end = end_of(tokenizer)
+    return [ids[:-1] if ids[-1:] == [end] else ids for ids in _ids(tokenizer, prompts)]
 
 
 def end_of(tokenizer: PreTrainedTokenizerFast) -> int:
