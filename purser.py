@@ -42,6 +42,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that override the job file's.")
 ]
 AccountName = Annotated[str, typer.Argument(metavar="ACCOUNT", help="digits/train; digits alone means digits/train.")]
+PUBLIC = "These texts must be nobody's secret; all that is checked is that they are no whole source of this ledger."
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 
 
@@ -203,18 +205,47 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Synthetic text from a released language model, after public prompts; costs nothing."""
-    from training.generate import Sampling, check_out
+    from training.generate import ENDINGS, Sampling
     from training.generate import generate as write
-    from training.prompts import read_prompts, released
+    from training.prompts import read_prompts
+    from training.released import check_out, released
 
     screen = Screen(as_json)
     how = Sampling(count, max_new_tokens, temperature, top_p, tuple(stop or ()), seed)
-    check_out(out)
+    check_out(out, ENDINGS)
     source, books = released(run), _books()
     screen.say(f"Ledger {books.ledger.place}")
     texts = read_prompts(prompts, column, source, books)
-    screen.say("Prompts must be nobody's secret: that they are no whole source of the ledger is all that is checked.")
+    screen.say(PUBLIC)
     result = write(source, texts, how, out, screen)
+    screen.say(f"Wrote {result['out']}, and beside it {result['statement']}", markup=False)
+    screen.result(result)
+
+
+@app.command()
+def embed(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run or sweep by its name, or a release folder.")],
+    texts: Annotated[Path, typer.Option(metavar="FILE", help="Public texts: CSV, TSV or JSON lines.")],
+    column: Annotated[str, typer.Option(metavar="COL", help="The column that holds the texts.")] = "text",
+    max_length: Annotated[int, typer.Option(metavar="N", help="Tokens of a text that are read.")] = 128,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="A .parquet file; none is overwritten.")] = Path(
+        "embeddings.parquet"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Vectors of public texts by a released language model; costs nothing."""
+    from training.embed import ENDINGS
+    from training.embed import embed as write
+    from training.prompts import read_prompts
+    from training.released import check_out, released
+
+    screen = Screen(as_json)
+    check_out(out, ENDINGS)
+    source, books = released(run), _books()
+    screen.say(f"Ledger {books.ledger.place}")
+    public = read_prompts(texts, column, source, books, "--texts")
+    screen.say(PUBLIC)
+    result = write(source, public, max_length, out, screen)
     screen.say(f"Wrote {result['out']}, and beside it {result['statement']}", markup=False)
     screen.result(result)
 

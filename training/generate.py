@@ -6,27 +6,24 @@ A seed is harmless here, since nothing that it reaches is anybody's secret; the 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import UsageError, without_content
+from cluster.errors import UsageError
 from cluster.files import write_whole
 from cluster.screen import Screen
-from training.prompts import Prompts, Released
+from training.prompts import Prompts
+from training.released import Released, check_out, in_tenths, leave, load_released, write_parquet
 from training.tokens import end_of, prompt_ids
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PreTrainedTokenizerFast
 
 ENDINGS = (".jsonl", ".parquet")
-ADAPTER = "adapter_config.json"
 MOST = 1_000_000  # samples of a prompt, tokens of a sample
 BATCH = 16  # samples that are written side by side
 
@@ -61,66 +58,6 @@ class Sampling:
             raise UsageError("--count: at temperature 0 all samples of a prompt are the same; write --count 1.")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed: {self.seed} was given; it must be from 0 to 2^63 - 1.")
-
-
-def load_released(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerFast]:
-    """The causal model of a release, whole or an adapter on its base, and its tokenizer; no code of theirs is run.
-
-    Raises:
-        UsageError: the release holds none, or another kind of model.
-    """
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        GenerationConfig,
-        PreTrainedTokenizerFast,
-    )
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    base, adapted = str(folder), (folder / ADAPTER).is_file()
-    if adapted:
-        base = _base(folder)
-    elif not (folder / "config.json").is_file():
-        raise UsageError(f"RUN: {folder} holds no language model; texts are written by what a causal-lm job released.")
-    failure = None
-    try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ()):
-            raise UsageError(
-                f"RUN: {folder} holds no causal model, and another writes no texts; release a causal-lm job."
-            )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise UsageError(f"RUN: the tokenizer in {folder} is no fast one; save it with tokenizer.json.")
-        # safetensors only: a pickle is code.
-        model: Any = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, trust_remote_code=False)
-        model.generation_config = GenerationConfig()  # its own would fill in whatever a caller leaves out
-        if adapted:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, str(folder))
-        return model.eval(), tokenizer
-    except UsageError:
-        raise
-    except Exception as error:  # noqa: BLE001 (a dozen libraries read such folders)
-        failure = without_content(error)
-    raise UsageError(f"RUN: the model in {folder} cannot be loaded ({failure}); check that the release is whole.")
-
-
-def _base(folder: Path) -> str:
-    """The model that the adapter in `folder` belongs to: a path from there, or a hub's id."""
-    said: Any = None
-    with contextlib.suppress(OSError, ValueError):
-        said = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
-    if not isinstance(said, dict) or not isinstance(said.get("base_model_name_or_path"), str):
-        raise UsageError(f"RUN: {folder / ADAPTER} names no base model; check that the release is whole.")
-    if said.get("task_type") != "CAUSAL_LM":
-        raise UsageError(f"RUN: {folder} holds no causal model, and another writes no texts; release a causal-lm job.")
-    base = said["base_model_name_or_path"]
-    return str(folder / base) if (folder / base).is_dir() else str(base)
 
 
 def texts_of(
@@ -206,51 +143,23 @@ def _cut(text: str, stop: Sequence[str]) -> str:
     return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
 
 
-def check_out(out: Path) -> Path:
-    """See that `out` can be written; returns where its statement goes.
-
-    Raises:
-        UsageError: it is there already, or its name ends otherwise.
-    """
-    if out.suffix.lower() not in ENDINGS:
-        raise UsageError(f"--out: {out.name} was given; its name must end in {' or '.join(ENDINGS)}.")
-    said = out.with_name(f"{out.name}.statement.json")
-    for path in (out, said):
-        if path.exists():
-            raise UsageError(f"--out: {path} is there already, and nothing is overwritten; name another file.")
-    if not out.absolute().parent.is_dir():
-        raise UsageError(f"--out: the folder of {out} is not there; make it, or name another.")
-    return said
-
-
 def generate(source: Released, prompts: Prompts, how: Sampling, out: Path, screen: Screen) -> dict[str, Any]:
     """Write texts after each of `prompts` to `out`, and beside it what they are; returns the contract's keys.
 
     Raises:
         UsageError: the release holds no causal model, or `out` cannot be written.
     """
-    beside, said = check_out(out), source.statement()
+    beside = check_out(out, ENDINGS)
     model, tokenizer = load_released(source.folder)
-    tenth = -1
+    rows = list(texts_of(model, tokenizer, prompts.texts, how, in_tenths(screen, "texts")))
+    made = {"file": out.name, "texts": len(rows), **asdict(how), "prompts": prompts.said()}
+    leave(source, beside, "generated", made)  # first: no text without its statement
+    if out.suffix.lower() == ".jsonl":
+        write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    else:
+        import pyarrow as pa
 
-    def told(done: int, of: int) -> None:
-        nonlocal tenth
-        if (now := 10 * done // of) > tenth:
-            tenth = now
-            screen.say(f"  {done} of {of} texts")
-
-    rows = list(texts_of(model, tokenizer, prompts.texts, how, told))
-    settings = asdict(how)
-    said["generated"] = {
-        "run": source.run,
-        "file": out.name,
-        "texts": len(rows),
-        **settings,
-        "prompts": {"file": prompts.file, "sha256": prompts.sha256, "declared": "public, by whoever gave them"},
-        "cost": "post-processing of what was released: costs nothing, and the guarantee above holds for it",
-    }
-    write_whole(beside, json.dumps(said, indent=2, allow_nan=False) + "\n")  # first: no text without its statement
-    write_rows(rows, out)
+        write_parquet(pa.Table.from_pylist(rows), out)
     return {
         "run": source.run,
         "prompts": len(prompts.texts),
@@ -258,16 +167,3 @@ def generate(source: Released, prompts: Prompts, how: Sampling, out: Path, scree
         "out": str(out.absolute()),
         "statement": str(beside.absolute()),
     }
-
-
-def write_rows(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Write rows as JSON lines or Parquet, by the ending of `out`; whole or not at all."""
-    if out.suffix.lower() == ".jsonl":
-        write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        return
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    draft = out.with_name(f".{out.name}")
-    pq.write_table(pa.Table.from_pylist(list(rows)), draft)
-    os.replace(draft, out)

@@ -13,47 +13,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster import environment
 from cluster.accounting.books import Books
 from cluster.errors import UsageError
 from training import data
 from training.config import Data
 from training.data import Table
+from training.released import Released
 
 FORMATS = (".csv", ".tsv", ".jsonl")
-STATEMENT = "statement.json"
-
-
-@dataclass(frozen=True)
-class Released:
-    """A release, by the run or sweep that it came from."""
-
-    run: str
-    folder: Path
-
-    @property
-    def private_source(self) -> Path | None:
-        """The file or folder that the run was trained on; None where its job is not beside the release."""
-        job = self.folder.parent / "job.json"
-        if not job.is_file():
-            return None
-        source = json.loads(job.read_text(encoding="utf-8"))["data"]["source"]
-        return None if ":" in source else Path(source)
-
-    def statement(self) -> dict[str, object]:
-        """What the run says of its privacy.
-
-        Raises:
-            UsageError: it is no statement.
-        """
-        said = None
-        with contextlib.suppress(OSError, ValueError):
-            said = json.loads((self.folder / STATEMENT).read_text(encoding="utf-8"))
-        if not isinstance(said, dict) or "guarantee" not in said:
-            raise UsageError(
-                f"RUN: {self.folder / STATEMENT} is no privacy statement; a release is not used without one."
-            )
-        return said
 
 
 @dataclass(frozen=True)
@@ -64,24 +31,9 @@ class Prompts:
     file: str
     sha256: str
 
-
-def released(run: str) -> Released:
-    """The release of a run or sweep, by its name, or in the folder that is named.
-
-    Raises:
-        UsageError: there is none.
-    """
-    path = Path(run).expanduser()
-    if (path / STATEMENT).is_file():
-        return Released(
-            path.resolve().parent.name if path.resolve().name == "release" else path.resolve().name, path.resolve()
-        )
-    if "/" in run:
-        raise UsageError(f"RUN: {run} holds no {STATEMENT}; name a release folder, or a run by its name.")
-    folder = environment.run_folder(run) / "release"
-    if not (folder / STATEMENT).is_file():
-        raise UsageError(f"RUN: {run} released nothing; name a run or sweep that did.")
-    return Released(run, folder)
+    def said(self) -> dict[str, str]:
+        """What a statement says of them."""
+        return {"file": self.file, "sha256": self.sha256, "declared": "public, by whoever gave them"}
 
 
 def read_prompts(path: Path, column: str, source: Released, books: Books, option: str = "--prompts") -> Prompts:

@@ -5,70 +5,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from releases import PROMPTS, STATEMENT, TOKENIZER, adapted, llama, release
 from safetensors.torch import save_file
-from torch import nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import GenerationConfig, LlamaForSequenceClassification
 
 from cluster.accounting.books import Books
 from cluster.accounting.ledger import Ledger
 from cluster.errors import UsageError
 from cluster.screen import Screen
 from training.admission import source_of
-from training.config import Job, Model
-from training.generate import Sampling, generate, load_released, texts_of
+from training.config import Job
+from training.generate import Sampling, generate, texts_of
 from training.jobfile import parse
-from training.prompts import Released, read_prompts, released
-from training.tokens import prompt_ids, tokenizer_of
+from training.prompts import read_prompts
+from training.released import Released, load_released, released
+from training.tokens import prompt_ids
 
 SECRET = "Zyxomma"
-PROMPTS = ("Dear Ada,", "ä", "", "A much longer beginning of a text")
-TOKENIZER = tokenizer_of(Model(kind="causal-lm", path="tiny:llama"))
-STATEMENT = {"schema": "purser.privacy-statement/1", "run": "people-1", "guarantee": {"epsilon": 3.0}}
-
-
-def llama(kind: type = LlamaForCausalLM) -> Any:
-    """Of random weights, so large that what it writes is no constant; the same each time."""
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    config = LlamaConfig(
-        vocab_size=len(TOKENIZER), num_attention_heads=4, max_position_embeddings=128, pad_token_id=0, **sizes
-    )
-    model = kind(config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def adapted() -> Any:
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model: Any = get_peft_model(llama(), lora)
-    torch.manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def release(folder, model, job=None):
-    """A run's folder with a release, as `purser train` leaves it; returns the release."""
-    made = folder / "release"
-    model.save_pretrained(made)
-    if (made / "adapter_config.json").is_file():
-        llama().save_pretrained(made / "base")
-        said = json.loads((made / "adapter_config.json").read_text())
-        (made / "adapter_config.json").write_text(json.dumps({**said, "base_model_name_or_path": "base"}))
-    TOKENIZER.save_pretrained(made)
-    (made / "statement.json").write_text(json.dumps(STATEMENT))
-    if job is not None:
-        (folder / "job.json").write_text(job.model_dump_json())
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +256,7 @@ def test_a_bad_prompts_file_is_refused_and_nothing_of_it_said(tmp_path):
 
 def test_a_release_is_found_by_name_and_by_path(home, releases):
     folder, _ = releases["whole"]
-    assert released(str(folder)) == Released("whole", folder)
+    assert released(str(folder)) == Released("people-1", folder), "as its statement says"
     (home / "runs" / "people-1" / "release").mkdir(parents=True)
     with pytest.raises(UsageError, match="^RUN: people-1 released nothing"):
         released("people-1")
@@ -349,7 +306,7 @@ def test_the_command_prints_its_contract_and_refuses_in_a_sentence(purser, relea
     assert ended.code == 0, ended.err
     assert len(ended.out.strip().splitlines()) == 1, "--json keeps stdout clean"
     assert ended.json == {
-        "run": "adapter",
+        "run": "people-1",
         "prompts": 2,
         "count": 2,
         "out": str(purser.folder / "generated.jsonl"),
