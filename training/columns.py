@@ -7,12 +7,14 @@ told (P11, P13). The first line of a CSV may be a record all the same: no error 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 from cluster.errors import UsageError
 
@@ -40,31 +42,37 @@ def columns_of(data: Path, known: Sequence[str] = ()) -> list[Column]:
     file = _first(data)
     found, bad = None, ""
     try:
-        found = READERS[file.suffix.lower()](file)
-    except OSError as error:
-        bad = f"it cannot be read ({error.strerror or type(error).__name__})"
+        found = READERS[ending(file)](file)
+    except (OSError, EOFError, zlib.error):
+        bad = "it cannot be read"
     except (ValueError, RecursionError, csv.Error):
-        bad = "its first line is no header" if file.suffix.lower() != ".jsonl" else "its first line is no JSON object"
+        bad = "its first line is no header" if ending(file) != ".jsonl" else "its first line is no JSON object"
     if found is None:  # raised out here, so that no library's own message, which may print a line, is chained to it
-        raise UsageError(f"DATA: {file.name} cannot be used: {bad}; name a .csv, .tsv, .parquet or .jsonl file.")
+        raise UsageError(f"DATA: {file.name} cannot be used: {bad}; name a whole file of {NAMES}.")
     _check_header(file, [column.name for column in found], known)
     return found
+
+
+def ending(file: Path) -> str:
+    """What says the format: of `people.csv.gz` it is `.csv`; a Parquet file is compressed inside, never as a whole."""
+    plain = Path(file.name.lower().removesuffix(".gz"))
+    return file.suffix.lower() if plain.suffix == ".parquet" else plain.suffix
 
 
 def _first(data: Path) -> Path:
     if data.is_dir():
         inside = sorted(one for one in data.iterdir() if one.is_file() and one.name[0] not in "._")
-        endings = {one.suffix.lower() for one in inside}
+        endings = {ending(one) for one in inside}
         if len(endings) != 1 or not endings <= set(READERS):
             raise UsageError(
-                f"DATA: the folder {data.name} must hold files of one format ({', '.join(READERS)}) and no others; "
-                "move the rest out of it."
+                f"DATA: the folder {data.name} must hold files of one format ({NAMES}) and no others; move the rest "
+                "out of it."
             )
         return inside[0]
     if not data.is_file():
-        raise UsageError(f"DATA: {data} does not exist; name a {', '.join(READERS)} file, or a folder of such files.")
-    if data.suffix.lower() not in READERS:
-        raise UsageError(f"DATA: {data.name} was given; its name must end in one of {', '.join(READERS)}.")
+        raise UsageError(f"DATA: {data} does not exist; name a file of {NAMES}, or a folder of such files.")
+    if ending(data) not in READERS:
+        raise UsageError(f"DATA: {data.name} was given; its name must end in {NAMES}.")
     return data
 
 
@@ -77,7 +85,7 @@ def _check_header(file: Path, names: Sequence[str], known: Sequence[str]) -> Non
             "a header line to a file that has none."
         )
     numbers = [_is_number(name) for name in names]
-    if file.suffix.lower() in (".csv", ".tsv") and (all(numbers) or (any(numbers) and not set(known) & set(names))):
+    if ending(file) in (".csv", ".tsv") and (all(numbers) or (any(numbers) and not set(known) & set(names))):
         raise UsageError(
             f"DATA: {file.name} seems to have no header line, since its first line holds numbers; add one, or, if they "
             "are names of columns, name another column by --label or --unit."
@@ -93,8 +101,14 @@ def _is_number(name: str) -> bool:
     return True
 
 
+def _opened(file: Path) -> TextIO:
+    if file.suffix.lower() == ".gz":
+        return gzip.open(file, "rt", encoding="utf-8-sig", newline="")
+    return file.open(encoding="utf-8-sig", newline="")
+
+
 def _of_text(file: Path, delimiter: str) -> list[Column]:
-    with file.open(encoding="utf-8-sig", newline="") as stream:
+    with _opened(file) as stream:
         line = stream.readline(MOST)
     if len(line) == MOST or "\0" in line:
         raise ValueError
@@ -111,7 +125,7 @@ def _of_tsv(file: Path) -> list[Column]:
 
 
 def _of_json_lines(file: Path) -> list[Column]:
-    with file.open(encoding="utf-8-sig") as stream:
+    with _opened(file) as stream:
         record = json.loads(stream.readline())
     if not isinstance(record, dict):
         raise ValueError
@@ -146,6 +160,7 @@ def _kind(of: object) -> Literal["number", "word", "neither"]:
 READERS: dict[str, Callable[[Path], list[Column]]] = {
     ".csv": _of_csv,
     ".tsv": _of_tsv,
-    ".parquet": _of_parquet,
     ".jsonl": _of_json_lines,
+    ".parquet": _of_parquet,
 }
+NAMES = ".csv, .tsv, .jsonl (each may be gzipped, .csv.gz) or .parquet"

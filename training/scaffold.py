@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from cluster.errors import UsageError
-from training.columns import Column, columns_of
+from training.columns import READERS, Column, columns_of
 from training.jobfile import MARK
 
 WIDTH = 32  # where comments begin, if what stands before them is short enough
@@ -80,7 +80,13 @@ def _check_named(data: Path, named: dict[str, str], there: Sequence[str]) -> Non
 
 def account_of(data: Path) -> str:
     """A name for the dataset, as the books allow it, from the name of its file."""
-    plain = unicodedata.normalize("NFKD", data.absolute().stem).encode("ascii", "ignore").decode()
+    name = Path(data.absolute().name)
+    name = Path(name.stem) if name.suffix.lower() == ".gz" else name
+    plain = (
+        unicodedata.normalize("NFKD", name.stem if name.suffix.lower() in READERS else name.name)
+        .encode("ascii", "ignore")
+        .decode()
+    )
     return re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("._-")[:63] or "data"
 
 
@@ -142,7 +148,7 @@ def _privacy(account: str, wanted: Wanted) -> str:
         + "\n",
         _line(0, "privacy:", "what the owner of the data grants, for everything that ever happens to it"),
         _line(2, f"epsilon: {ASK}", FILL + "the most that may ever be spent; 1 is strong, above 10 weak"),
-        _line(2, f"delta: {ASK}", FILL + "how seldom epsilon may not hold; a tenth of 1 / units is usual"),
+        _line(2, f"delta: {ASK}", FILL + "the chance that epsilon does not hold; a tenth of 1 / units is usual"),
         _line(2, f"unit: {quoted(wanted.unit)}", of),
         _line(2, f"units: {ASK}", FILL + "about how many there are; declare it, do not count"),
     ]
@@ -163,8 +169,8 @@ def _data(source: str, columns: Sequence[Column], wanted: Wanted) -> str:
         lines += _text(wanted)
     if wanted.text is None or wanted.label is not None:
         name = ASK if wanted.label is None else quoted(wanted.label)
-        which = "what to predict (no feature then), and " if wanted.label is None else ""
-        ask = f"{FILL}{which}its values; others count as the first"
+        which = "what to predict (then no feature) and " if wanted.label is None else ""
+        ask = f"{FILL}{which}its values; others count as first"
         lines.append(_line(2, f"label: {{column: {name}, categories: [{ASK}, {ASK}]}}", ask))
     return "".join(lines)
 

@@ -3,6 +3,7 @@ no value is in it, and unfilled it is refused by the first field that waits for 
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 
@@ -142,6 +143,22 @@ def test_a_parquet_schema_says_what_is_a_number(tmp_path):
         assert '# "when\\nnow"' in text
         out.write_text(filled(text))
         assert load(SweepJob, out).data.features["town"].categories == ("low", "high")
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_what_is_gzipped_is_read_and_what_is_cut_off_is_not(tmp_path, ending):
+    header = "age,income\n" if ending == "csv" else '{"age": 1, "income": 2}\n'
+    (tmp_path / f"people.{ending}.gz").write_bytes(gzip.compress(header.encode()))
+    data = tmp_path / f"people.{ending}.gz"
+    assert [column.name for column in columns_of(data)] == ["age", "income"]
+    assert account_of(data) == "people"
+    for broken in (data.read_bytes()[:14], b"no gzip", data.read_bytes()[:10] + b"\xff" * 20):
+        data.write_bytes(broken)
+        with pytest.raises(UsageError, match="^DATA: .* cannot be read"):
+            columns_of(data)
+    (tmp_path / "people.parquet.gz").touch()
+    with pytest.raises(UsageError, match="its name must end in"):
+        columns_of(tmp_path / "people.parquet.gz")
 
 
 def test_the_keys_of_the_first_line_are_the_columns(tmp_path):
@@ -296,6 +313,7 @@ def test_no_column_is_left_to_learn_from(tmp_path):
         ("My café 2.csv", "My-cafe-2"),
         ("_x_.csv", "x"),
         ("漢字.csv", "data"),
+        ("v1.2 census.tsv", "v1.2-census"),
         ("a" * 90 + ".csv", "a" * 63),
     ],
 )
