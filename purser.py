@@ -42,6 +42,9 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that override the job file's.")
 ]
 AccountName = Annotated[str, typer.Argument(metavar="ACCOUNT", help="digits/train; digits alone means digits/train.")]
+Base = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="The model that an adapter is for, if not where its job had it.")
+]
 PUBLIC = "These texts must be nobody's secret; all that is checked is that they are no whole source of this ledger."
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
@@ -202,6 +205,7 @@ def generate(
     out: Annotated[Path, typer.Option(metavar="FILE", help="A .jsonl or .parquet file; none is overwritten.")] = Path(
         "generated.jsonl"
     ),
+    base: Base = None,
     as_json: Json = False,
 ) -> None:
     """Synthetic text from a released language model, after public prompts; costs nothing."""
@@ -217,7 +221,7 @@ def generate(
     screen.say(f"Ledger {books.ledger.place}")
     texts = read_prompts(prompts, column, source, books)
     screen.say(PUBLIC)
-    result = write(source, texts, how, out, screen)
+    result = write(source, texts, how, out, screen, base)
     screen.say(f"Wrote {result['out']}, and beside it {result['statement']}", markup=False)
     screen.result(result)
 
@@ -231,6 +235,7 @@ def embed(
     out: Annotated[Path, typer.Option(metavar="FILE", help="A .parquet file; none is overwritten.")] = Path(
         "embeddings.parquet"
     ),
+    base: Base = None,
     as_json: Json = False,
 ) -> None:
     """Vectors of public texts by a released language model; costs nothing."""
@@ -245,7 +250,7 @@ def embed(
     screen.say(f"Ledger {books.ledger.place}")
     public = read_prompts(texts, column, source, books, "--texts")
     screen.say(PUBLIC)
-    result = write(source, public, max_length, out, screen)
+    result = write(source, public, max_length, out, screen, base)
     screen.say(f"Wrote {result['out']}, and beside it {result['statement']}", markup=False)
     screen.result(result)
 

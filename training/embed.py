@@ -58,7 +58,9 @@ def vectors_of(
     return np.concatenate(found)
 
 
-def embed(source: Released, texts: Prompts, max_length: int, out: Path, screen: Screen) -> dict[str, Any]:
+def embed(
+    source: Released, texts: Prompts, max_length: int, out: Path, screen: Screen, base: str | None = None
+) -> dict[str, Any]:
     """Write a vector for each of `texts` to `out`, and beside it what they are; returns the contract's keys.
 
     Raises:
@@ -67,7 +69,7 @@ def embed(source: Released, texts: Prompts, max_length: int, out: Path, screen: 
     import pyarrow as pa
 
     beside = check_out(out, ENDINGS)
-    model, tokenizer = load_released(source.folder)
+    model, tokenizer = load_released(source.folder, base or source.model_path)
     vectors = vectors_of(model, tokenizer, texts.texts, max_length, in_tenths(screen, "texts"))
     width = vectors.shape[1]
     how = {"pooling": "mean of the last hidden state over the tokens", "max_length": max_length, "width": width}

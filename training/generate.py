@@ -143,14 +143,16 @@ def _cut(text: str, stop: Sequence[str]) -> str:
     return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
 
 
-def generate(source: Released, prompts: Prompts, how: Sampling, out: Path, screen: Screen) -> dict[str, Any]:
+def generate(
+    source: Released, prompts: Prompts, how: Sampling, out: Path, screen: Screen, base: str | None = None
+) -> dict[str, Any]:
     """Write texts after each of `prompts` to `out`, and beside it what they are; returns the contract's keys.
 
     Raises:
         UsageError: the release holds no causal model, or `out` cannot be written.
     """
     beside = check_out(out, ENDINGS)
-    model, tokenizer = load_released(source.folder)
+    model, tokenizer = load_released(source.folder, base or source.model_path)
     rows = list(texts_of(model, tokenizer, prompts.texts, how, in_tenths(screen, "texts")))
     made = {"file": out.name, "texts": len(rows), **asdict(how), "prompts": prompts.said()}
     leave(source, beside, "generated", made)  # first: no text without its statement

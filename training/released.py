@@ -35,14 +35,22 @@ class Released:
     run: str
     folder: Path
 
+    def _job(self) -> dict[str, Any]:
+        """The job of the run, where the release still lies in the run's folder."""
+        job = self.folder.parent / "job.json"
+        return json.loads(job.read_text(encoding="utf-8")) if job.is_file() else {}
+
     @property
     def private_source(self) -> Path | None:
-        """The file or folder that the run was trained on; None where its job is not beside the release."""
-        job = self.folder.parent / "job.json"
-        if not job.is_file():
-            return None
-        source = json.loads(job.read_text(encoding="utf-8"))["data"]["source"]
+        """The file or folder that the run was trained on; None where that is not known here."""
+        source = self._job().get("data", {}).get("source", ":")
         return None if ":" in source else Path(source)
+
+    @property
+    def model_path(self) -> str | None:
+        """Where the model lay that training began with; None where that is not known here."""
+        path: str | None = self._job().get("model", {}).get("path")
+        return path
 
     def statement(self) -> dict[str, Any]:
         """What the run says of its privacy.
@@ -77,12 +85,16 @@ def released(run: str) -> Released:
     return Released(run, folder)
 
 
-def load_released(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+def load_released(folder: Path, base: str | None = None) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     """The causal model of a release, whole or an adapter on its base, and its tokenizer; no code of theirs is run.
+
+    Args:
+        base: a model's folder or hub id, for an adapter whose own base is not in its release.
 
     Raises:
         UsageError: the release holds none, or another kind of model.
     """
+    import torch
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -94,14 +106,14 @@ def load_released(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerFast]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    base, adapted = str(folder), (folder / ADAPTER).is_file()
+    whole, adapted = str(folder), (folder / ADAPTER).is_file()
     if adapted:
-        base = _base(folder)
+        whole = _base(folder, base)
     elif not (folder / "config.json").is_file():
         raise UsageError(f"RUN: {folder} holds no language model; texts are written by what a causal-lm job released.")
     failure = None
     try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(whole, trust_remote_code=False)
         if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ()):
             raise UsageError(
                 f"RUN: {folder} holds no causal model, and another writes no texts; release a causal-lm job."
@@ -109,8 +121,12 @@ def load_released(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerFast]:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise UsageError(f"RUN: the tokenizer in {folder} is no fast one; save it with tokenizer.json.")
-        # safetensors only: a pickle is code.
-        model: Any = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            whole,
+            dtype=torch.float32,  # as it was trained, whatever the base's file has
+            use_safetensors=True,  # a pickle is code
+            trust_remote_code=False,
+        )
         model.generation_config = GenerationConfig()  # its own would fill in whatever a caller leaves out
         if adapted:
             from peft import PeftModel
@@ -121,11 +137,17 @@ def load_released(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerFast]:
         raise
     except Exception as error:  # noqa: BLE001 (a dozen libraries read such folders)
         failure = without_content(error)
-    raise UsageError(f"RUN: the model in {folder} cannot be loaded ({failure}); check that the release is whole.")
+    raise UsageError(
+        f"RUN: the model in {folder} cannot be loaded ({failure}); check that the release is whole"
+        f"{', or say by --base where the model is that it adapts' if adapted else ''}."
+    )
 
 
-def _base(folder: Path) -> str:
-    """The model that the adapter in `folder` belongs to: a path from there, or a hub's id."""
+def _base(folder: Path, otherwise: str | None) -> str:
+    """The model that the adapter in `folder` belongs to: one in the release, or `otherwise`, or the hub's id it names.
+
+    Of a model that lay in a folder a release tells the folder's name alone.
+    """
     said: Any = None
     with contextlib.suppress(OSError, ValueError):
         said = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
@@ -133,8 +155,8 @@ def _base(folder: Path) -> str:
         raise UsageError(f"RUN: {folder / ADAPTER} names no base model; check that the release is whole.")
     if said.get("task_type") != "CAUSAL_LM":
         raise UsageError(f"RUN: {folder} holds no causal model, and another writes no texts; release a causal-lm job.")
-    base = said["base_model_name_or_path"]
-    return str(folder / base) if (folder / base).is_dir() else str(base)
+    base = str(said["base_model_name_or_path"])
+    return str(folder / base) if (folder / base).is_dir() else otherwise or base
 
 
 def check_out(out: Path, endings: Sequence[str]) -> Path:

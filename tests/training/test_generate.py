@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
@@ -63,6 +64,22 @@ def test_greedy_is_what_transformers_writes_alone(releases, kind):
 def test_the_adapter_is_on_its_base(releases):
     how = Sampling(temperature=0, max_new_tokens=24)
     assert texts(releases["adapter"][1], how) != texts(releases["whole"][1], how)
+
+
+def test_an_adapter_finds_its_base_elsewhere(tmp_path, releases):
+    """A release names a folder's name only; the run's own job, or the caller, knows where it is."""
+    folder, model = releases["adapter"]
+    shutil.copytree(folder, tmp_path / "run" / "release")
+    (tmp_path / "run" / "release" / "base").rename(tmp_path / "a model")
+    config = tmp_path / "run" / "release" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"base"', '"no/such/model"'))  # nor any hub's id
+    with pytest.raises(UsageError, match="^RUN: .*cannot be loaded .*--base"):
+        load_released(tmp_path / "run" / "release")
+    (tmp_path / "run" / "job.json").write_text(json.dumps({"model": {"path": str(tmp_path / "a model")}}))
+    source = Released("run", tmp_path / "run" / "release")
+    loaded, _ = load_released(source.folder, source.model_path)
+    how = Sampling(temperature=0, max_new_tokens=8)
+    assert texts(loaded, how) == texts(model, how)
 
 
 def test_a_prompt_begins_as_in_training_and_has_no_end():
