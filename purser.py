@@ -42,6 +42,11 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that override the job file's.")
 ]
 AccountName = Annotated[str, typer.Argument(metavar="ACCOUNT", help="digits/train; digits alone means digits/train.")]
+Base = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="The model that an adapter is for, if not where its job had it.")
+]
+PUBLIC = "These texts must be nobody's secret; all that is checked is that they are no whole source of this ledger."
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 
 
@@ -96,6 +101,31 @@ def _finish(screen: Screen, result: dict[str, Any]) -> None:
         raise Refused(f"refused: {result['why']}")
     if result["status"] == "failed":
         raise PurserError(f"failed: {result['why']}")
+
+
+@app.command("init")
+def init_job(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A .csv, .tsv, .parquet or .jsonl file, or a folder.")],
+    unit: Annotated[
+        str, typer.Option(metavar="COL", help="Whom a record belongs to; a row protects each alone.")
+    ] = "row",
+    label: Annotated[str | None, typer.Option(metavar="COL", help="The column to predict.")] = None,
+    text: Annotated[str | None, typer.Option(metavar="COL", help="The column that a language model reads.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="COL", help="A column that stands before the text.")] = None,
+    out: Annotated[Path, typer.Option(metavar="JOB", help="The job file; none is overwritten.")] = Path("job.yaml"),
+    as_json: Json = False,
+) -> None:
+    """A commented job file from a file's declared columns; no record is read."""
+    from training.scaffold import Wanted, write_job
+
+    screen = Screen(as_json)
+    marked = write_job(data, Wanted(unit, label, text, prompt), out)
+    screen.say(
+        f"Wrote {out} from the names of columns alone. {marked} lines in it are marked for you to fill in.",
+        markup=False,
+    )
+    screen.say(f"Next: fill them in, then purser plan {shlex.quote(str(out))}", markup=False)
+    screen.result({"job": str(out.absolute())})
 
 
 @app.command()
@@ -159,6 +189,70 @@ def tune(
         from tuning.command import tune as sweep
 
     _finish(screen, sweep(whole, screen, resume))
+
+
+@app.command()
+def generate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run or sweep by its name, or a release folder.")],
+    prompts: Annotated[Path, typer.Option(metavar="FILE", help="Public prompts: CSV, TSV or JSON lines.")],
+    count: Annotated[int, typer.Option(metavar="N", help="Texts for each prompt.")] = 1,
+    column: Annotated[str, typer.Option(metavar="COL", help="The column that holds the prompts.")] = "prompt",
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="The length of a text, at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Below 1 more of the likely, above less; 0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Of the words, only the likeliest of this probability.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(metavar="WORD", help="Ends a text; may be repeated.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draws the same texts again; it reaches nothing private.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="A .jsonl or .parquet file; none is overwritten.")] = Path(
+        "generated.jsonl"
+    ),
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Synthetic text from a released language model, after public prompts; costs nothing."""
+    from training.generate import ENDINGS, Sampling
+    from training.generate import generate as write
+    from training.prompts import read_prompts
+    from training.released import check_out, released
+
+    screen = Screen(as_json)
+    how = Sampling(count, max_new_tokens, temperature, top_p, tuple(stop or ()), seed)
+    check_out(out, ENDINGS)
+    source, books = released(run), _books()
+    screen.say(f"Ledger {books.ledger.place}")
+    texts = read_prompts(prompts, column, source, books)
+    screen.say(PUBLIC)
+    result = write(source, texts, how, out, screen, base)
+    screen.say(f"Wrote {result['out']}, and beside it {result['statement']}", markup=False)
+    screen.result(result)
+
+
+@app.command()
+def embed(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run or sweep by its name, or a release folder.")],
+    texts: Annotated[Path, typer.Option(metavar="FILE", help="Public texts: CSV, TSV or JSON lines.")],
+    column: Annotated[str, typer.Option(metavar="COL", help="The column that holds the texts.")] = "text",
+    max_length: Annotated[int, typer.Option(metavar="N", help="Tokens of a text that are read.")] = 128,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="A .parquet file; none is overwritten.")] = Path(
+        "embeddings.parquet"
+    ),
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Vectors of public texts by a released language model; costs nothing."""
+    from training.embed import ENDINGS
+    from training.embed import embed as write
+    from training.prompts import read_prompts
+    from training.released import check_out, released
+
+    screen = Screen(as_json)
+    check_out(out, ENDINGS)
+    source, books = released(run), _books()
+    screen.say(f"Ledger {books.ledger.place}")
+    public = read_prompts(texts, column, source, books, "--texts")
+    screen.say(PUBLIC)
+    result = write(source, public, max_length, out, screen, base)
+    screen.say(f"Wrote {result['out']}, and beside it {result['statement']}", markup=False)
+    screen.result(result)
 
 
 @budget.command()

@@ -45,6 +45,7 @@ def test_every_dependency_has_an_exact_version():
         ("purser", "ray torch opendp dp_accounting pyarrow numpy"),
         ("cluster.accounting.leases", "ray torch numpy"),
         ("training.config", "ray torch numpy"),
+        ("training.scaffold", "ray torch numpy pyarrow"),
         ("tuning.plan", "ray torch"),
         ("training.engine.rehearsal", "ray"),
     ],

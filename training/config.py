@@ -86,12 +86,24 @@ class Label(Section):
         return self
 
 
+class Text(Section):
+    """The column that a language model reads, in `max_length` tokens: what is longer is cut, what is shorter is padded.
+
+    With `prompt`, a column that stands before it: a causal model sees it, and does not learn to say it.
+    """
+
+    column: str
+    prompt: str | None = None
+    max_length: Annotated[int, Field(ge=2, le=65_536)] = 128
+
+
 class Data(Section):
     """Where the records are and how they are read; declared, so that nothing is learnt from them."""
 
     source: str
     validation_fraction: Annotated[float, Field(ge=0.01, le=0.9)] = 0.2
     features: dict[str, Feature] = {}
+    text: Text | None = None
     label: Label | None = None
 
     @property
@@ -100,13 +112,40 @@ class Data(Section):
         return sum(len(f.categories) if f.categories is not None else 1 for f in self.features.values())
 
 
-class Model(Section):
-    """What is trained: linear (softmax regression), mlp (one hidden layer) or cnn (two convolutions)."""
+class Lora(Section):
+    """Low-rank adapters beside the linear layers whose names end in one of `target_modules` (Hu et al. 2022), scaled by
+    alpha / r; nothing else of the model trains, but the head of a classifier."""
 
-    kind: Literal["linear", "mlp", "cnn"]
+    r: Annotated[int, Field(ge=1, le=1024)] = 8
+    alpha: Positive = 16.0
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class Model(Section):
+    """What is trained: on features linear (softmax regression), mlp (one hidden layer) or cnn (two convolutions); on
+    text a transformers model from `path` (a folder, a hub's id, or `tiny:bert` and `tiny:llama`, made on the spot), in
+    full or by `lora`."""
+
+    kind: Literal["linear", "mlp", "cnn", "sequence-classification", "causal-lm"]
     hidden: Annotated[int, Field(ge=1, le=65536)] = 64
     channels: Annotated[int, Field(ge=1, le=4096)] = 16
     image: tuple[Count, Count, Count] | None = None
+    path: str | None = None
+    lora: Lora | None = None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it is a language model."""
+        return self.kind in ("sequence-classification", "causal-lm")
+
+    @model_validator(mode="after")
+    def _checks(self) -> Model:
+        if self.reads_text and not self.path:
+            raise ValueError(f"path: it is missing; for kind: {self.kind} name a folder, a hub's id, or tiny:bert")
+        for field in ("path", "lora"):
+            if getattr(self, field) is not None and not self.reads_text:
+                raise ValueError(f"{field}: it is for sequence-classification and causal-lm; leave it out")
+        return self
 
 
 class Optimizer(Section):
@@ -205,9 +244,9 @@ class Evaluation(Section):
 
 
 class Release(Section):
-    """What leaves: the weights."""
+    """What leaves: the weights, or of a model with adapters the adapters alone, which is the default there."""
 
-    target: Literal["weights"] = "weights"
+    target: Literal["weights", "adapter"] | None = None
 
 
 class Audit(Section):
@@ -227,6 +266,30 @@ class Job(Section):
     evaluation: Evaluation = Evaluation()
     release: Release = Release()
     audit: Audit = Audit()
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Job:
+        model, data = self.model, self.data
+        if model.reads_text != (data.text is not None):
+            must = "is missing" if model.reads_text else "is for sequence-classification and causal-lm"
+            raise ValueError(f"data.text: it {must}, and model.kind is {model.kind}")
+        if model.reads_text and data.features:
+            raise ValueError("data.features: a language model reads data.text; leave features out")
+        if model.kind == "causal-lm":
+            if data.label is not None:
+                raise ValueError("data.label: a causal model predicts its text; leave label out")
+            if self.evaluation.metric == "accuracy":
+                raise ValueError("evaluation.metric: a causal model has no classes to be right about; write loss")
+        elif data.text is not None and data.text.prompt:
+            raise ValueError("data.text.prompt: it is for causal-lm; a classifier reads one column")
+        if self.release.target == "adapter" and model.lora is None:
+            raise ValueError("release.target: adapter needs model.lora; leave target out, or write weights")
+        return self
+
+    @property
+    def target(self) -> str:
+        """What is released: `weights` or `adapter`."""
+        return self.release.target or ("adapter" if self.model.lora else "weights")
 
     @property
     def accounts(self) -> tuple[str, str]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from training.config import Job
 
 J = TypeVar("J", bound="Job")
+MARK = "?"  # what `purser init` leaves for a person to fill in
 
 
 def override(raw: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -90,12 +91,28 @@ def parse(kind: type[J], raw: dict[str, Any]) -> J:
     Raises:
         UsageError: the first thing that is wrong, as one sentence.
     """
+    if (field := _unfilled(raw)) is not None:
+        raise UsageError(
+            f'{field}: it is still to be filled in, "{MARK}" stands there; write the value that the comment beside it '
+            "asks for."
+        )
     try:
         job = kind.model_validate(raw)
     except ValidationError as error:
         raise UsageError(_sentence(kind, error)) from None
     job.charges()
     return job
+
+
+def _unfilled(value: Any, path: str = "") -> str | None:
+    """The first field that still holds the mark; as one category of several it is a category, as in the census."""
+    if isinstance(value, dict):
+        found = (_unfilled(one, f"{path}.{key}" if path else str(key)) for key, one in value.items())
+        return next(filter(None, found), None)
+    if isinstance(value, list) and MARK in value:
+        a_word = path.endswith(".categories") and len(value) > value.count(MARK) == 1
+        return None if a_word else path
+    return path if value == MARK else None
 
 
 def _sentence(kind: type[BaseModel], error: ValidationError) -> str:

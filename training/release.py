@@ -118,7 +118,7 @@ def statement(
             "delta": first.delta,
             "scope": "everything ever released from this dataset through this ledger, tuning and evaluation included",
         },
-        "released": {"target": job.release.target, "file": WEIGHTS, "metrics": dict(metrics)},
+        "released": {"target": job.target, "file": WEIGHTS, "metrics": dict(metrics)},
         "accounting": {
             "method": "Rényi filter at one fixed integer order per account (Feldman and Zrnic 2021); conversion of "
             "Canonne, Kamath and Steinke 2020; costs are integers of 1e-12 RDP, rounded up",
