@@ -114,7 +114,7 @@ WRONG = {
     "data.features.colour.categories=[1, 2]": ("data.features.colour.categories.0", "string"),
     "data.label.categories=[no]": ("data.label.categories", "2"),
     "data.label={column: label}": ("data.label.categories", "missing"),
-    "model.kind=transformer": ("model.kind", "'linear', 'mlp' or 'cnn'"),
+    "model.kind=transformer": ("model.kind", "'causal-lm'"),
     "model.hidden=0": ("model.hidden", "greater"),
     "evaluation.noise=0": ("evaluation.noise", "greater"),
     "evaluation.noise=.nan": ("evaluation.noise", "finite"),
@@ -122,7 +122,7 @@ WRONG = {
     "account=a/b": ("account", "'a/b' was given"),
     "account=": ("account", "string"),
     "audit.canaries=3": ("audit.canaries", "0"),
-    "release.target=adapter": ("release.target", "'weights'"),
+    "release.target=adapter": ("release.target", "adapter needs model.lora"),
     "training.noise_multiplyer=8": ("training.noise_multiplyer", "unknown; did you mean noise_multiplier?"),
     "privacy.epsilom=3": ("privacy.epsilom", "did you mean epsilon?"),
     "training.optimizer.lr=3": ("training.optimizer.lr", "unknown; allowed here are name, learning_rate"),
@@ -414,3 +414,55 @@ def test_a_unit_s_loss_costs_what_one_record_does_however_many_it_has(file):
     loss = load(Job, file, ["evaluation.metric=loss", "privacy.max_records_per_unit=40"]).histogram
     assert (loss.scale, loss.l2_sensitivity) == (5.0 * LOSS_PARTS, LOSS_PARTS)
     assert step_cost(loss, 6) == step_cost(DiscreteGaussian(5.0, 1), 6)
+
+
+TEXT = """
+account: talks
+privacy: {epsilon: 3.0, delta: 1e-4, unit: user, units: 2000}
+data: {source: talks.csv, text: {column: reply, prompt: question, max_length: 64}}
+model: {kind: causal-lm, path: "tiny:llama", lora: {target_modules: [q_proj]}}
+training: {expected_batch_size: 200}
+evaluation: {metric: loss}
+"""
+CLASSES = [
+    "model.kind=sequence-classification",
+    "data={source: talks.csv, text: {column: reply}, label: {column: mood, categories: [good, bad]}}",
+    "evaluation.metric=accuracy",
+]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.yaml"
+    path.write_text(TEXT)
+    return path
+
+
+def test_a_job_of_text_reads_as_it_is_written(text):
+    job = load(Job, text)
+    assert (job.data.text.max_length, job.model.lora.r, job.model.lora.alpha) == (64, 8, 16.0)
+    assert job.target == "adapter", "of a model with adapters"
+    assert load(Job, text, ["model.lora=null"]).target == "weights"
+    assert load(Job, text, ["release.target=weights"]).target == "weights"
+    assert load(Job, text, CLASSES).data.label.column == "mood"
+
+
+@pytest.mark.parametrize(
+    ("assignments", "said"),
+    [
+        (["model.path=null"], "model.path: it is missing"),
+        (["model={kind: linear, path: x}"], "model.path: it is for sequence-classification and causal-lm"),
+        (["model={kind: linear, lora: {target_modules: [a]}}"], "model.lora: it is for sequence-classification"),
+        (["model={kind: linear}"], "data.text: it is for sequence-classification and causal-lm"),
+        (["data.text=null"], "data.text: it is missing"),
+        (["data.features={age: {range: [0, 1]}}"], "data.features: a language model reads data.text"),
+        (["data.label={column: mood, categories: [a, b]}"], "data.label: a causal model predicts its text"),
+        (["evaluation.metric=accuracy"], "evaluation.metric: a causal model has no classes"),
+        ([*CLASSES, "data.text.prompt=question"], "data.text.prompt: it is for causal-lm"),
+        (["model.lora=null", "release.target=adapter"], "release.target: adapter needs model.lora"),
+        (["model.lora.target_modules=[]"], "model.lora.target_modules"),
+        (["data.text.max_length=1"], "data.text.max_length"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused_by_its_field(text, assignments, said):
+    assert refused(load, Job, text, assignments).startswith(said)
