@@ -72,7 +72,7 @@ class Source:
         return self.place == DIGITS
 
     def batches(self, number: int) -> Iterator[pa.RecordBatch]:
-        """The records of file `number`, in its order: string columns `names`, at most `ROWS` of them in a batch of some `BYTES`.
+        """The records of file `number`, in its order, as batches of string columns `names`.
 
         Raises:
             UsageError: the file is missing, is no table, or ends too early.
@@ -216,8 +216,8 @@ def _guarded(read: Callable[[], Iterator[Any]], field: str, name: str) -> Iterat
             return
         except Exception:  # noqa: BLE001 (a dozen libraries read files; whatever they say may hold a cell)
             bad = (
-                "it is no whole table: CSV or TSV with a header line and as many cells in every row, JSON lines with no "
-                "field that the first lacks, or Parquet"
+                "it is no whole table: CSV or TSV with a header line and as many cells in every row, JSON lines with "
+                "no field that the first lacks, or Parquet"
             )
         if bad:
             raise UsageError(f"{field}: {name} cannot be used: {bad}; if it was cut off, write it anew.")

@@ -101,8 +101,8 @@ class Rank:
             raise UsageError("data.source: its content changed while the run was starting; nothing was charged.")
         if prepared.manifest["preparation"] != digest(self.job, Encoding.of(self.job), mark, self.key):
             raise UsageError(
-                "data.source: what is prepared is not what the job says (another unit, partition, column or tokenizer); "
-                "nothing was charged."
+                "data.source: what is prepared is not what the job says (another unit, partition, column or "
+                "tokenizer); nothing was charged."
             )
         return prepared
 
