@@ -20,6 +20,7 @@ from cluster.errors import PurserError
 from training import worker
 from training.admission import admit
 from training.config import Job
+from training.preparation import prepare
 from training.engine.trainer import PrivateTrainer
 from training.jobfile import load
 from tuning import group
@@ -86,6 +87,7 @@ class Desk:
                 "order": self.order,
                 "ledger": self.ledger.identity,
                 "folder": str(self.home),
+                "prepared": str(prepare(self.job.plain, self.books.source_key(), self.books.partition_key("digits"))),
                 "code": code_hash(),
                 **changes,
             }
