@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import pyarrow as pa
 
@@ -188,9 +188,8 @@ def _files(place: str, field: str) -> tuple[File, ...]:
             )
         files.append(File(info.path, FORMATS[suffix], info.size, info.mtime_ns or 0))
     if len({file.format for file in files}) != 1:
-        raise UsageError(
-            f"{field}: {place} must hold files, all of one format; it holds {'several' if files else 'none'}."
-        )
+        what = "files of several formats" if files else "no file"
+        raise UsageError(f"{field}: {place} holds {what}; a folder must hold files, all of one format.")
     return tuple(files)
 
 
@@ -238,11 +237,15 @@ def _names(source: Source, file: File) -> tuple[str, ...]:
         return tuple(_parquet_file(source, file).schema_arrow.names)
     with _stream(source, file) as stream:
         if file.format == "jsonl":
-            return tuple(next(_objects(stream)))
+            return tuple(next(_objects(stream), None) or _no_table())
         import pyarrow.csv as pacsv
 
         how = pacsv.ReadOptions(block_size=BLOCK)
         return tuple(pacsv.open_csv(stream, read_options=how, parse_options=_parse(file)).schema.names)
+
+
+def _no_table() -> NoReturn:
+    raise ValueError  # without a word: who reads a source makes the sentence
 
 
 def _parse(file: File) -> Any:
@@ -283,7 +286,7 @@ def _read_jsonl(source: Source, file: File) -> Iterator[pa.RecordBatch]:
         size = 0
         for record in _objects(stream):
             if not record.keys() <= known:
-                raise ValueError
+                _no_table()
             for name, column in zip(source.names, columns, strict=True):
                 cell = record.get(name)
                 column.append(cell if cell is None or isinstance(cell, str) else _dumped(cell))
@@ -302,7 +305,7 @@ def _objects(stream: IO[bytes]) -> Iterator[dict[str, Any]]:
         if text.strip():
             record = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
             if not isinstance(record, dict) or not record:
-                raise ValueError
+                _no_table()
             yield record
 
 

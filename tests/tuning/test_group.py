@@ -20,9 +20,9 @@ from cluster.errors import PurserError
 from training import worker
 from training.admission import admit
 from training.config import Job
-from training.preparation import prepare
 from training.engine.trainer import PrivateTrainer
 from training.jobfile import load
+from training.preparation import prepare
 from tuning import group
 from tuning import sealed as module
 from tuning.config import SweepJob
