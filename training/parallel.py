@@ -7,33 +7,11 @@ number of pieces, whatever the data are. How long they take shows, as it does ev
 
 from __future__ import annotations
 
-import logging
+import functools
 from typing import Any
 
 from cluster.errors import PurserError, UsageError, without_content
 from training.preparation import Recipe, Work
-
-
-class _Worker:
-    """One process of Ray Data's pool. The recipe comes by reference: Ray Data may write down what it is given."""
-
-    def __init__(self, common: Any, work: Work) -> None:
-        import ray
-
-        self._recipe, self._work = ray.get(common), work
-
-    def __call__(self, pieces: dict[str, Any]) -> dict[str, Any]:
-        """What went wrong with each piece: empty, or a sentence that may cross (P13)."""
-        return {"failure": [self._one(int(piece)) for piece in pieces["id"]]}
-
-    def _one(self, piece: int) -> str:
-        try:
-            self._work(self._recipe, piece)
-        except UsageError as error:
-            return str(error)
-        except Exception as error:  # noqa: BLE001 (whatever it is, its message may print records)
-            return f"data.source: its preparation failed with {without_content(error)}; nothing was charged."
-        return ""
 
 
 def everywhere(work: Work, recipe: Recipe, count: int) -> None:
@@ -44,18 +22,13 @@ def everywhere(work: Work, recipe: Recipe, count: int) -> None:
         PurserError: Ray Data gave up.
     """
     import ray
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import DataContext
 
     context = DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = context.enable_auto_log_stats = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    size = min(count, max(1, int(ray.cluster_resources().get("CPU", 1))))
-    pieces = ray.data.range(count, override_num_blocks=count).map_batches(
-        _Worker,
-        fn_constructor_args=(ray.put(recipe), work),
-        batch_size=1,
-        compute=ActorPoolStrategy(size=size),
-        num_cpus=1,
+    # By reference: Ray Data may write down what a function is given.
+    pieces = ray.data.from_items([{"id": piece} for piece in range(count)], override_num_blocks=count).map_batches(
+        _done, fn_kwargs={"work": work, "common": ray.put(recipe)}, batch_size=1, num_cpus=1
     )
     failures, gave_up = [], ""
     try:
@@ -66,3 +39,27 @@ def everywhere(work: Work, recipe: Recipe, count: int) -> None:
         raise PurserError(f"data.source: its preparation failed, Ray Data gave up ({gave_up}); nothing was charged.")
     if failures:
         raise UsageError(failures[0])
+
+
+def _done(pieces: dict[str, Any], work: Work, common: Any) -> dict[str, Any]:
+    """What went wrong with each piece: empty, or a sentence that may cross (P13)."""
+    return {"failure": [_tried(work, _fetched(common), int(piece)) for piece in pieces["id"]]}
+
+
+def _tried(work: Work, recipe: Recipe, piece: int) -> str:
+    try:
+        work(recipe, piece)
+    except UsageError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 (whatever it is, its message may print records)
+        return f"data.source: its preparation failed with {without_content(error)}; nothing was charged."
+    return ""
+
+
+@functools.lru_cache(maxsize=1)
+def _fetched(common: Any) -> Recipe:
+    """The recipe, once in each process: a tokenizer takes a while to be made."""
+    import ray
+
+    recipe: Recipe = ray.get(common)
+    return recipe

@@ -41,7 +41,7 @@ from training.encoding import Encoding
 from training.shards import INDEX, MANIFEST, Prepared
 
 VERSION = 1  # of the files that are written
-LARGE = 32 * 2**20  # bytes of a source from which on it is worth other processes
+LARGE = 2**20  # bytes of a source from which on it is worth other processes
 PIECES = 64  # of a large source; the same for all, so that whoever counts them learns nothing of its size
 SETTLED = 2 * 10**9  # ns after which a file that is changed again shows it by its time
 
