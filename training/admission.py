@@ -46,7 +46,6 @@ def source_of(books: Books, job: Job) -> str:
     """
     from training import identity, sources
     from training.preparation import fingerprint_of
-    from training.shards import check_records
 
     image_of(job.model, declared(job.data))
     key = books.source_key()
@@ -55,7 +54,7 @@ def source_of(books: Books, job: Job) -> str:
         return source
     beside = sources.public(job)
     found = identity.digests(beside)
-    check_records(len(found), beside)
+    beside.check_records(len(found))
     public = identity.fingerprint(found, identity.in_order(found)[0], key)
     # No more than this can be checked: an answer about single records would tell who is in the data.
     if public == source or books.registered(public):

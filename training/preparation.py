@@ -38,8 +38,9 @@ from cluster.files import write_whole
 from training import identity, sources
 from training.config import Job
 from training.encoding import Encoding
-from training.shards import INDEX, MANIFEST, Prepared
 
+MANIFEST = "manifest.json"  # of a prepared folder, written last
+INDEX = ("order", "offsets", "shares")  # of a partition, each a file of numbers
 VERSION = 1  # of the files that are written
 LARGE = 2**20  # bytes of a source from which on it is worth other processes
 PIECES = 64  # of a large source; the same for all, so that whoever counts them learns nothing of its size
@@ -92,7 +93,7 @@ def prepare(job: Job, source_key: str, key: str, everywhere: Everywhere = one_by
     with (base / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time: another's draft is then nobody's
         folder, draft = base / name, base / ".draft"
-        if Prepared.at(folder) is not None:
+        if (folder / MANIFEST).exists():
             return folder
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)

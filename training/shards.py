@@ -23,9 +23,7 @@ from training.config import Job
 from training.encoding import Encoding
 from training.engine.objective import IGNORED
 from training.engine.sampling import Rows, Shard
-
-MANIFEST = "manifest.json"
-INDEX = ("order", "offsets", "shares")  # of a partition, each a file of numbers
+from training.preparation import INDEX, MANIFEST
 
 
 @dataclass(frozen=True)
@@ -164,17 +162,7 @@ def public_shard(job: Job) -> Shard:
     made = [
         encoding.arrays(batch) for number in range(len(source.files)) for batch in source.batches(number) if len(batch)
     ]
-    check_records(sum(len(arrays[next(iter(arrays))]) for arrays in made), source)
+    count = sum(len(next(iter(arrays.values()))) for arrays in made)
+    source.check_records(count)
     columns = {name: torch.from_numpy(np.concatenate([arrays[name] for arrays in made])) for name in made[0]}
-    count = len(next(iter(columns.values())))
     return shard_of(columns, np.arange(count + 1), encoding.causal)
-
-
-def check_records(count: int, source: sources.Source) -> None:
-    """See that a public file has records at all; of a private one nobody may ask.
-
-    Raises:
-        UsageError: it has none.
-    """
-    if not count:
-        raise UsageError(f"{source.field}: {source.files[0].name} holds no records; name a file with some.")

@@ -96,6 +96,15 @@ class Source:
                     f"{self.files[0].name}."
                 )
 
+    def check_records(self, count: int) -> None:
+        """See that a public file has records at all; of a private one nobody may ask.
+
+        Raises:
+            UsageError: it has none.
+        """
+        if not count:
+            raise UsageError(f"{self.field}: {self.files[0].name} holds no records; name a file with some.")
+
 
 def private(job: Job) -> Source:
     """The source of the job's private records, after checking its columns.

@@ -42,7 +42,31 @@ from training.sources import private
 
 RECORDS, FILES, LENGTH = 1_000_000, 20, 64
 KEY = "00" * 32
-WORDS = "the a this that it film plot cast was is seems not very quite rather good bad slow warm dull bright and but of".split()
+WORDS = [
+    "the",
+    "a",
+    "this",
+    "that",
+    "it",
+    "film",
+    "plot",
+    "cast",
+    "was",
+    "is",
+    "seems",
+    "not",
+    "very",
+    "quite",
+    "rather",
+    "good",
+    "bad",
+    "slow",
+    "warm",
+    "dull",
+    "bright",
+    "and",
+    "but",
+]
 
 
 def written(folder: Path, records: int) -> Path:

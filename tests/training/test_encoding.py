@@ -1,4 +1,4 @@
-"""What a cell becomes hangs on the declarations and on itself: nothing is fitted (P11), and nothing is an error (P13)."""
+"""What a cell becomes hangs on the declarations and on itself: nothing is fitted (P11), nothing is an error (P13)."""
 
 from __future__ import annotations
 

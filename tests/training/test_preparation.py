@@ -83,7 +83,7 @@ def counts(job):
 
 # -- the same as a plain loader --
 
-cell = st.text(alphabet="ab1.,\"\n é", max_size=3)
+cell = st.text(alphabet='ab1.,"\n é', max_size=3)
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -265,7 +265,9 @@ def test_digits_are_the_real_ones():
     )
     theirs = Counter(
         (tuple(features), int(label))
-        for features, label in zip((real.data / 16 - 0.5).astype(np.float32).round(4).tolist(), real.target, strict=True)
+        for features, label in zip(
+            (real.data / 16 - 0.5).astype(np.float32).round(4).tolist(), real.target, strict=True
+        )
     )
     assert mine == theirs
 
@@ -390,7 +392,13 @@ def test_all_that_decides_is_in_the_name(at):
         {"privacy.unit": "colour"},
         {"data.validation_fraction": 0.3},
         {"data.features": {"colour": {"categories": ["green", "red"]}, "id": {"range": [0, 1000]}}},
-        {"data.features": {"id": {"range": [0, 1000]}, "colour": {"categories": ["red", "green"]}, "x": {"range": [0, 1]}}},
+        {
+            "data.features": {
+                "id": {"range": [0, 1000]},
+                "colour": {"categories": ["red", "green"]},
+                "x": {"range": [0, 1]},
+            }
+        },
         {"data.label": {"column": "label", "categories": ["yes", "no"]}},
         {"evaluation.groups": {"column": "person", "categories": ["ada"]}},
     ]
