@@ -246,7 +246,7 @@ def _names(source: Source, file: File) -> tuple[str, ...]:
         return tuple(_parquet_file(source, file).schema_arrow.names)
     with _stream(source, file) as stream:
         if file.format == "jsonl":
-            return tuple(next(_objects(stream), None) or _no_table())
+            return tuple(next(_objects(stream), {}) or _no_table())
         import pyarrow.csv as pacsv
 
         how = pacsv.ReadOptions(block_size=BLOCK)

@@ -42,31 +42,7 @@ from training.sources import private
 
 RECORDS, FILES, LENGTH = 1_000_000, 20, 64
 KEY = "00" * 32
-WORDS = [
-    "the",
-    "a",
-    "this",
-    "that",
-    "it",
-    "film",
-    "plot",
-    "cast",
-    "was",
-    "is",
-    "seems",
-    "not",
-    "very",
-    "quite",
-    "rather",
-    "good",
-    "bad",
-    "slow",
-    "warm",
-    "dull",
-    "bright",
-    "and",
-    "but",
-]
+WORDS = ("the", "a", "this", "film", "plot", "cast", "was", "seems", "not", "very", "rather", "good", "bad", "slow")
 
 
 def written(folder: Path, records: int) -> Path:

@@ -263,12 +263,8 @@ def test_digits_are_the_real_ones():
         for shard in placed(parse(Job, raw)).values()
         for features, label in zip(shard.features[:].numpy().round(4).tolist(), shard.labels[:].tolist(), strict=True)
     )
-    theirs = Counter(
-        (tuple(features), int(label))
-        for features, label in zip(
-            (real.data / 16 - 0.5).astype(np.float32).round(4).tolist(), real.target, strict=True
-        )
-    )
+    pixels = (real.data / 16 - 0.5).astype(np.float32).round(4).tolist()
+    theirs = Counter((tuple(features), int(label)) for features, label in zip(pixels, real.target, strict=True))
     assert mine == theirs
 
 
@@ -386,19 +382,15 @@ def test_another_tokenizer_is_the_same_dataset(tmp_path, monkeypatch):
 def test_all_that_decides_is_in_the_name(at):
     job = at(visits(), unit="person", most=2)
     encoding = preparation.Encoding.of(job)
+    name, colour = {"range": [0, 1000]}, {"categories": ["red", "green"]}
     changes = [
         {},
         {"privacy.max_records_per_unit": 3},
         {"privacy.unit": "colour"},
         {"data.validation_fraction": 0.3},
-        {"data.features": {"colour": {"categories": ["green", "red"]}, "id": {"range": [0, 1000]}}},
-        {
-            "data.features": {
-                "id": {"range": [0, 1000]},
-                "colour": {"categories": ["red", "green"]},
-                "x": {"range": [0, 1]},
-            }
-        },
+        {"data.features": {"colour": colour, "id": name}},
+        {"data.features": {"id": name, "colour": {"categories": ["green", "red"]}}},
+        {"data.features": {"id": name, "colour": colour, "x": {"range": [0, 1]}}},
         {"data.label": {"column": "label", "categories": ["yes", "no"]}},
         {"evaluation.groups": {"column": "person", "categories": ["ada"]}},
     ]

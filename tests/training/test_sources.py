@@ -95,8 +95,9 @@ def test_cells_stay_as_they_are_written(tmp_path):
 
 
 def test_values_of_other_formats_become_text(tmp_path):
-    lines = '{"a": 1.50, "b": null, "c": [1, {"x": "y"}]}\n{"a": true, "c": "\\ud800", "b": NaN}\n{"a": 12345678901234567890}'
-    names, columns = cells(write(tmp_path, lines, "a.jsonl"))
+    first = '{"a": 1.50, "b": null, "c": [1, {"x": "y"}]}'
+    lines = [first, '{"a": true, "c": "\\ud800", "b": NaN}', '{"a": 12345678901234567890}']
+    names, columns = cells(write(tmp_path, "\n".join(lines), "a.jsonl"))
     assert names == ("a", "b", "c")
     assert columns[0] == ["1.50", "true", "12345678901234567890"]
     assert columns[1] == [None, "NaN", None]
