@@ -17,9 +17,9 @@ PEOPLE, SECRET = 11_873, "Zyxomma"  # the job declares 15,000 units; how many th
 
 
 def sinks(purser, ended, session):
-    """name → bytes of everything that is outside, or that people copy outside."""
+    """name → bytes of everything that is outside, or that people copy outside. What is prepared is inside."""
     found = {"stdout": ended.out.encode(), "stderr": ended.err.encode()}
-    for root, inside in ((purser.home, ("storage", "holders")), (session, ())):
+    for root, inside in ((purser.home, ("storage", "holders", "prepared")), (session, ())):
         for path in root.rglob("*"):
             if path.is_file() and not path.is_symlink() and not set(path.relative_to(root).parts) & set(inside):
                 found[str(path)] = path.read_bytes()
@@ -39,7 +39,7 @@ def leaks(found, numbers):
     return seen + [name for name, content in ours.items() if counts_in(content) & numbers]
 
 
-def test_planted_secrets_and_counts_stay_inside(purser):
+def test_planted_secrets_and_counts_stay_inside(purser, monkeypatch):
     rows = [(f"{SECRET}-{i}", 18 + i % 60, "yes" if i % 3 else "no", f"{SECRET} note {i}") for i in range(PEOPLE)]
     text = "person,age,answer,note\n" + "".join(",".join(map(str, row)) + "\n" for row in rows)
     (purser.folder / "people.csv").write_text(text)
@@ -62,7 +62,7 @@ def test_planted_secrets_and_counts_stay_inside(purser):
         found = sinks(purser, ended, Path(session))
     assert any("worker" in name for name in found), "Ray's worker logs are among the sinks"
 
-    train, validation = partition_sizes(purser)
+    train, validation = partition_sizes(purser, monkeypatch)
     assert train + validation == PEOPLE
     numbers = {PEOPLE, train, validation}
     assert leaks(found, numbers) == []
@@ -76,15 +76,18 @@ def test_planted_secrets_and_counts_stay_inside(purser):
     assert not re.search(r"(?i)\b(loss|grad_norm|gradient norm|clip_fraction)\b\W{1,4}\d", text)
 
 
-def partition_sizes(purser):
+def partition_sizes(purser, monkeypatch):
     """What only the owner can know: the sizes of the partitions."""
     from cluster.accounting.books import Books
     from cluster.accounting.ledger import Ledger
-    from training import data
     from training.jobfile import load
+    from training.preparation import prepare
+    from training.shards import Prepared
     from tuning.config import SweepJob
 
     job = load(SweepJob, purser.folder / "people.yaml")
-    key = Books(Ledger(f"sqlite:///{purser.home}/ledger.db")).partition_key("people")
-    table = data.read(job.data)
-    return tuple(len(data.load(job, table, key, part, 0, 1).labels) for part in ("train", "validation"))
+    books = Books(Ledger(f"sqlite:///{purser.home}/ledger.db"))
+    monkeypatch.setenv("PURSER_HOME", str(purser.home))
+    monkeypatch.chdir(purser.folder)
+    prepared = Prepared.at(prepare(job, books.source_key(), books.partition_key("people")))
+    return tuple(len(prepared.shard(part, 0, 1).labels) for part in ("train", "validation"))

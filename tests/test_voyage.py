@@ -133,14 +133,14 @@ def test_a_broken_accountant_would_be_seen(voyage):
     assert max(recompute(entries * 2, shown["order"])) > shown["budget_cost"] / UNIT
 
 
-def test_the_release_is_whole_and_its_statement_true(voyage):
-    import torch
+def test_the_release_is_whole_and_its_statement_true(voyage, monkeypatch):
     from safetensors.torch import load_file
 
     from cluster.accounting.books import Books
     from cluster.accounting.ledger import Ledger
-    from training import data
     from training.jobfile import load
+    from training.preparation import prepare
+    from training.shards import Prepared
     from tuning.config import SweepJob
 
     purser, first, _, _ = voyage
@@ -156,12 +156,13 @@ def test_the_release_is_whole_and_its_statement_true(voyage):
     assert f"{head['seq']}:{head['hash']}" in (release / "statement.md").read_text()
 
     job = load(SweepJob, DIGITS)
-    job = job.model_copy(update={"data": data.declared(job.data)})
-    key = Books(Ledger(f"sqlite:///{purser.home}/ledger.db")).partition_key("digits")
-    validation = data.load(job, data.read(job.data), key, "validation", 0, 1)
+    books = Books(Ledger(f"sqlite:///{purser.home}/ledger.db"))
+    monkeypatch.setenv("PURSER_HOME", str(purser.home))
+    prepared = Prepared.at(prepare(job, books.source_key(), books.partition_key("digits")))
+    validation = prepared.shard("validation", 0, 1)
     weights = load_file(release / "weights.safetensors")
-    logits = torch.from_numpy(validation.features) @ weights["0.weight"].T + weights["0.bias"]
-    accuracy = (logits.argmax(1).numpy() == validation.labels).mean()
+    logits = validation.features[:] @ weights["0.weight"].T + weights["0.bias"]
+    accuracy = (logits.argmax(1) == validation.labels[:]).double().mean().item()
     # Cheap trials at σ = 5 reach 0.94; far below it would mean that something else was released.
     assert accuracy > 0.85
     assert abs(accuracy - said["released"]["metrics"]["accuracy"]) < 0.08  # six standard deviations of its noise

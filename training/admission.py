@@ -1,6 +1,6 @@
 """Before anything runs: the job against the books. Is this the data and the budget that the owner granted?
 
-Reads the source once on the driver, for its HMAC only. Nothing is charged here.
+Reads the source on the driver, for its HMAC only. Nothing is charged here.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from cluster.accounting.books import Account, Books
 from cluster.accounting.costs import affordable_steps, least_noise_multiplier
 from cluster.accounting.mechanisms import Charge, DiscreteGaussian
 from cluster.errors import UsageError
-from training import data
 from training.config import Job
+from training.data import declared, image_of
 
 
 def admit(books: Books, job: Job, plans: Mapping[str, Sequence[Charge]], trials: int) -> tuple[list[Account], bool]:
@@ -44,14 +44,18 @@ def source_of(books: Books, job: Job) -> str:
     Raises:
         UsageError: one of these does not hold.
     """
-    declared, key = data.declared(job.data), books.source_key()
-    data.image_of(job.model, declared)
-    table = data.read(declared, job.privacy.unit)
-    source = data.fingerprint(table, key)
+    from training import identity, sources
+    from training.preparation import fingerprint_of
+
+    image_of(job.model, declared(job.data))
+    key = books.source_key()
+    source = fingerprint_of(sources.private(job), key)
     if job.evaluation.on == "validation":
-        data.check_groups(job, table, "data.source")
         return source
-    public = data.fingerprint(data.read_public(job)[1], key)
+    beside = sources.public(job)
+    found = identity.digests(beside)
+    beside.check_records(len(found))
+    public = identity.fingerprint(found, identity.in_order(found)[0], key)
     # No more than this can be checked: an answer about single records would tell who is in the data.
     if public == source or books.registered(public):
         raise UsageError(

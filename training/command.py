@@ -76,12 +76,13 @@ def run(
     with screen.quiet(log):
         from cluster.accounting.actor import start
         from cluster.session import local_ray
+        from training.parallel import everywhere
 
         with local_ray(folder) as dashboard:
             client = start(ledger.url)
             screen.say(f"Ray is up, its dashboard is at http://{dashboard}; the workers are starting.")
             with client.holding(name), progress(screen, books, job.accounts[0], name, planned):
-                outcome = train(client, ledger.identity, job, name, name, folder)
+                outcome = train(client, ledger.identity, job, name, name, folder, everywhere=everywhere)
             cost = charged(client, job, name)
     result |= {"status": outcome.status, "authorised_steps": cost.steps, "epsilon_of_run": cost.epsilon}
     result |= {"metrics": outcome.metrics, "rungs": release.kept_rungs(folder), "why": outcome.why}

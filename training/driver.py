@@ -1,6 +1,6 @@
 """One private run from the driver's side: reserve, fit on Ray Train's workers, close the lease, write the release.
 
-No per-step work happens here, and no record comes here.
+No per-step work happens here. Records come here only to be prepared, where they are not yet.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.accounting.actor import AccountantClient
 from cluster.accounting.answers import explain
@@ -21,6 +21,9 @@ from cluster.session import CPUS_PER_WORKER
 from training.config import Job
 from training.metrics import RELEASED
 from training.release import WEIGHTS, rung_folder
+
+if TYPE_CHECKING:
+    from training.preparation import Everywhere
 
 COMPLETED, STOPPED, REFUSED, FAILED = "completed", "stopped", "refused", "failed"
 OUTCOME = "outcome.json"  # in a run's folder
@@ -74,8 +77,9 @@ def train(
     by: str,
     folder: Path,
     callbacks: Sequence[Any] = (),
+    everywhere: Everywhere | None = None,
 ) -> Outcome:
-    """Run `job` under `lease`, held by the command `by`; weights and checkpoints go to `folder`.
+    """Run `job` under `lease`, held by the command `by`; weights and checkpoints go to `folder`. See `prepared_for`.
 
     The lease is closed whatever happens: settled when the run completed, else released, so that it may be resumed.
     """
@@ -86,13 +90,26 @@ def train(
     outcome = Outcome(FAILED, why="it was interrupted; what was authorised is spent")
     try:
         # Kept before the lease is settled: whoever goes on must know.
-        outcome = _fit(ledger, job, lease, folder, callbacks).keep(folder)
+        prepared = prepared_for(client, job, everywhere)
+        outcome = _fit(ledger, job, lease, folder, prepared, callbacks).keep(folder)
     finally:
         client.close(lease, outcome.closing, outcome.status)
     return outcome
 
 
-def _fit(ledger: str, job: Job, lease: str, folder: Path, callbacks: Sequence[Any]) -> Outcome:
+def prepared_for(client: AccountantClient, job: Job, everywhere: Everywhere | None = None) -> Path:
+    """The folder with the job's records as its model reads them, made where it is not there yet.
+
+    Args:
+        everywhere: `parallel.everywhere`, while no worker holds a core; without it, in this process.
+    """
+    from training.preparation import one_by_one, prepare
+
+    keys = client.source_key(), client.partition_key(job.account)
+    return prepare(job, *keys, everywhere or one_by_one)
+
+
+def _fit(ledger: str, job: Job, lease: str, folder: Path, prepared: Path, callbacks: Sequence[Any]) -> Outcome:
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from training.worker import train_worker
@@ -102,6 +119,7 @@ def _fit(ledger: str, job: Job, lease: str, folder: Path, callbacks: Sequence[An
         "lease": lease,
         "ledger": ledger,
         "folder": str(folder),
+        "prepared": str(prepared),
         "code": code_hash(),
     }
     try:

@@ -126,10 +126,11 @@ def _names(evaluation: Evaluation) -> tuple[str, ...]:
 
 def _groups(shard: Shard, evaluation: Evaluation) -> torch.Tensor:
     """The group of each record."""
-    of = shard.groups if evaluation.groups is not None else torch.zeros(len(shard.labels), dtype=torch.long)
-    if of is None or len(of) != len(shard.labels):
+    if evaluation.groups is None:
+        return torch.zeros(len(shard.labels), dtype=torch.long)
+    if shard.groups is None or len(shard.groups) != len(shard.labels):
         raise PurserError("evaluation: it has groups, but its records are in none of them; nothing was released.")
-    return of
+    return shard.groups[:]
 
 
 def _figures(evaluation: Evaluation, goodness: float, error: float) -> dict[str, float]:

@@ -19,17 +19,20 @@ import torch.distributed as dist
 
 from cluster.accounting.actor import AccountantClient, connect
 from cluster.accounting.leases import Attempt
-from cluster.environment import code_hash
+from cluster.environment import HOME, code_hash
 from cluster.errors import PurserError, UsageError, without_content
-from training import data
 from training.config import Job
+from training.data import declared
+from training.encoding import Encoding
 from training.engine.sampling import Shard
 from training.engine.trainer import PrivateTrainer
 from training.evaluation import PublicRecords, judged
 from training.jobfile import parse
 from training.metrics import only_public
 from training.models import rehearsed
+from training.preparation import digest
 from training.release import keep_rung, write_weights
+from training.shards import Prepared, public_shard
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -77,32 +80,43 @@ class Rank:
         job = parse(Job, config["job"])
         client = connect(config["ledger"])
         return Rank(
-            job=job.model_copy(update={"data": data.declared(job.data)}),
+            job=job.model_copy(update={"data": declared(job.data)}),
             client=client,
             number=context.get_world_rank(),
             world=context.get_world_size(),
             key=client.partition_key(job.account),
         )
 
-    def records(self) -> data.Table:
-        """The source, after checking that it is still the one that was admitted."""
-        table = data.read(self.job.data, self.job.privacy.unit)
-        sources = self.client.show(self.job.accounts[0]).dataset.sources
-        if data.fingerprint(table, self.client.source_key()) not in sources:
+    def records(self, folder: str) -> Prepared:
+        """What the driver has prepared in `folder`, after checking that it is of the source that was admitted, and as
+        this job says; no record has been read."""
+        prepared = Prepared.at(Path(folder))
+        if prepared is None:
+            raise UsageError(
+                f"data.source: {folder} is not there on this node, or not whole; put {HOME} where all nodes see it. "
+                "Nothing was charged."
+            )
+        mark = prepared.manifest["fingerprint"]
+        if mark not in self.client.show(self.job.accounts[0]).dataset.sources:
             raise UsageError("data.source: its content changed while the run was starting; nothing was charged.")
-        return table
+        if prepared.manifest["preparation"] != digest(self.job, Encoding.of(self.job), mark, self.key):
+            raise UsageError(
+                "data.source: what is prepared is not what the job says (another unit, partition, column or "
+                "tokenizer); nothing was charged."
+            )
+        return prepared
 
-    def train_shard(self, table: data.Table) -> Shard:
+    def train_shard(self, prepared: Prepared) -> Shard:
         """The units of the train partition that fall to this rank."""
-        return _shard(data.load(self.job, table, self.key, "train", self.number, self.world))
+        return prepared.shard("train", self.number, self.world)
 
-    def judged(self, table: data.Table) -> Shard | PublicRecords | None:
+    def judged(self, prepared: Prepared) -> Shard | PublicRecords | None:
         """What models are judged on: every unit of the validation partition, or the public file. For rank 0 only."""
         if self.number != 0:
             return None
         if self.job.evaluation.on == "public":
-            return PublicRecords(_shard(data.load_public(self.job)))
-        return _shard(data.load(self.job, table, self.key, "validation", 0, 1))
+            return PublicRecords(public_shard(self.job))
+        return prepared.shard("validation", 0, 1)
 
 
 def _train(config: dict[str, Any]) -> None:
@@ -111,8 +125,8 @@ def _train(config: dict[str, Any]) -> None:
     train_account = job.accounts[0]
     trainer, _ = rehearsed(job)
     run = trainer.run
-    table = rank.records()
-    shard, judges = rank.train_shard(table), rank.judged(table)
+    prepared = rank.records(config["prepared"])
+    shard, judges = rank.train_shard(prepared), rank.judged(prepared)
 
     done = _restore(trainer)
     behind = sum(rung <= done for rung in job.rungs) if len(job.charged) > 1 else 0
@@ -188,11 +202,6 @@ class Judge:
         if not free and not self._rank.client.authorise(self._lease, self._attempt.epoch, self._account, self._times):
             return {}
         return judged(trainer.model, records, self._rank.job)
-
-
-def _shard(encoded: data.Encoded) -> Shard:
-    groups = None if encoded.groups is None else torch.from_numpy(encoded.groups)
-    return Shard(torch.from_numpy(encoded.features), torch.from_numpy(encoded.labels), encoded.offsets, groups=groups)
 
 
 def from_rank_0(ask: Any) -> Any:

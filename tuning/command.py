@@ -20,7 +20,7 @@ from cluster.screen import Screen
 from training import release
 from training.admission import admit, what_would_fit
 from training.command import greet, progress
-from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Outcome, charged
+from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Outcome, charged, prepared_for
 from tuning.config import SweepJob, cheapest
 from tuning.display import sweep_table
 from tuning.final import Final
@@ -161,12 +161,14 @@ def _run(
     with screen.quiet(log):
         from cluster.accounting.actor import start
         from cluster.session import local_ray
+        from training.parallel import everywhere
         from tuning.sweep import Sweep
 
         with local_ray(folder) as dashboard:
             client = start(ledger.url)
             screen.say(f"Ray is up, its dashboard is at http://{dashboard}.")
             with client.holding(name):
+                prepared_for(client, job.plain, everywhere)
                 if search:
                     Sweep(client, ledger.identity, job, name, folder, trials, begun, screen.say).run()
                 if final.wanted:

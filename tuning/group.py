@@ -35,8 +35,8 @@ def _select(config: dict[str, Any]) -> None:
     job = parse(SweepJob, config["sweep"])
     for run in _to_rehearse(job, config["order"]):
         rehearsed(run.model_copy(update={"data": rank.job.data}))
-    table = rank.records()
-    train, judges = rank.train_shard(table), rank.judged(table)
+    prepared = rank.records(config["prepared"])
+    train, judges = rank.train_shard(prepared), rank.judged(prepared)
     charges = job.selection(config["order"])
     from_rank_0(lambda: _pay(rank, charges, config["lease"], config["epoch"]))
     sealed = Sealed(Path(config["folder"]))

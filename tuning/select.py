@@ -31,7 +31,7 @@ from training import release
 from training.admission import admit
 from training.command import greet
 from training.config import Job
-from training.driver import COMPLETED, FAILED, REFUSED, Charged, Outcome, charged, group_trainer, reason
+from training.driver import COMPLETED, FAILED, REFUSED, Charged, Outcome, charged, group_trainer, prepared_for, reason
 from training.metrics import in_words
 from tuning.config import SweepJob
 from tuning.plan import make, planned
@@ -123,6 +123,7 @@ def _run(job: SweepJob, order: int, books: Books, lease: str, name: str, folder:
     with screen.quiet(log):
         from cluster.accounting.actor import start
         from cluster.session import local_ray
+        from training.parallel import everywhere
 
         with local_ray(folder) as dashboard:
             client = start(books.ledger.url)
@@ -132,12 +133,13 @@ def _run(job: SweepJob, order: int, books: Books, lease: str, name: str, folder:
                 def paid() -> bool:
                     return all(books.charged(lease, account) for account in job.charged)
 
+                prepared = prepared_for(client, job.plain, everywhere)
                 # Paid already: before an interruption.
                 epoch = client.epoch(lease) if paid() else _open(client, lease, job.selection(order))
                 if epoch is None:
                     client.close(lease, "release", REFUSED)
                     return Outcome(REFUSED, why="others have spent the budget meanwhile; nothing was spent by this.")
-                return _groups(job, order, books.ledger.identity, lease, epoch, folder, paid)
+                return _groups(job, order, books.ledger.identity, lease, epoch, folder, prepared, paid)
 
 
 def _open(client: AccountantClient, lease: str, charges: list[Charge]) -> int | None:
@@ -149,7 +151,14 @@ def _open(client: AccountantClient, lease: str, charges: list[Charge]) -> int | 
 
 
 def _groups(
-    job: SweepJob, order: int, ledger: str, lease: str, epoch: int, folder: Path, paid: Callable[[], bool]
+    job: SweepJob,
+    order: int,
+    ledger: str,
+    lease: str,
+    epoch: int,
+    folder: Path,
+    prepared: Path,
+    paid: Callable[[], bool],
 ) -> Outcome:
     """Run the worker groups until the queue is empty: as many as the machine holds, however many candidates wait."""
     import ray
@@ -168,6 +177,7 @@ def _groups(
         "order": order,
         "ledger": ledger,
         "folder": str(folder),
+        "prepared": str(prepared),
         "code": environment.code_hash(),
     }
     group = ray.remote(num_cpus=0, max_retries=0)(run_group)

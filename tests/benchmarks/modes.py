@@ -28,14 +28,19 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import os
 import random
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
 import torch
 
 from cluster.accounting import orders
@@ -43,15 +48,18 @@ from cluster.accounting.books import PARTITIONS
 from cluster.accounting.costs import budget_cost, price
 from cluster.accounting.mechanisms import Charge, DiscreteGaussian, PoissonSubsampledGaussian
 from cluster.accounting.selection import quantile, repetitions_of
+from cluster.environment import HOME
 from cluster.errors import UsageError
 from tests.benchmarks import main
-from training import data
+from training import data, identity, sources
 from training.config import Evaluation, Job
 from training.engine.sampling import Shard
 from training.engine.trainer import PrivateTrainer
 from training.evaluation import noised
 from training.jobfile import parse
 from training.models import build
+from training.preparation import prepare
+from training.shards import Prepared
 from tuning.config import SweepJob
 
 TRIALS, ETA, REPEATS = 8, 0.5, 20
@@ -186,36 +194,38 @@ class Parts:
     test: tuple[Shard, ...]
 
 
-def divided(table: data.Table) -> tuple[data.Table, data.Table]:
+def divided(job: Job, folder: Path) -> tuple[Job, Job]:
     """(what a job may see, the test part). Equal records are on one side."""
-    tested = [int.from_bytes(hashlib.sha256(row).digest()[:8], "big") % TEST == 0 for row in table.rows()]
+    source = sources.find(job.data.source)
+    table = pa.Table.from_batches(source.batches(0))
+    first = np.concatenate([identity.digests_of(batch)[:, :8] for batch in table.to_batches()])
+    tested = first.copy().view(">u8").ravel() % TEST == 0
 
-    def part(wanted: bool) -> data.Table:
-        return data.Table(
-            table.names,
-            tuple([c for c, t in zip(cells, tested, strict=True) if t == wanted] for cells in table.columns),
-        )
+    def part(name: str, mine: np.ndarray) -> Job:
+        pacsv.write_csv(table.filter(pa.array(mine)), folder / name)
+        return job.model_copy(update={"data": job.data.model_copy(update={"source": str(folder / name)})})
 
-    return part(False), part(True)
-
-
-def shard_of(job: Job, table: data.Table, key: str, partition: str) -> Shard:
-    """The units of one partition, as a worker that is alone would have them."""
-    encoded = data.load(job, table, key, partition, 0, 1)
-    return Shard(torch.from_numpy(encoded.features), torch.from_numpy(encoded.labels), encoded.offsets)
+    return part("seen.csv", ~tested), part("tested.csv", tested)
 
 
-def parts_of(job: Job, seen: data.Table, tested: data.Table, key: str) -> Parts:
+def shards_of(job: Job, key: str) -> tuple[Shard, ...]:
+    """The units of both partitions, as a worker that is alone would have them."""
+    prepared = Prepared.at(prepare(job, key, key))
+    assert prepared is not None
+    return tuple(prepared.shard(partition, 0, 1) for partition in PARTITIONS)
+
+
+def parts_of(seen: Job, tested: Job, key: str) -> Parts:
     """Partitions under a dataset's hidden `key`; for the test part they do not matter."""
-    train, validation = (shard_of(job, seen, key, partition) for partition in PARTITIONS)
-    return Parts(train, validation, tuple(shard_of(job, tested, key, partition) for partition in PARTITIONS))
+    train, validation = shards_of(seen, key)
+    return Parts(train, validation, shards_of(tested, key))
 
 
 def accuracy(model: torch.nn.Module, shards: Iterable[Shard]) -> float:
     """The share of records that are labelled correctly; no noise, see the module."""
     model.eval()
     with torch.no_grad():
-        right = [model(shard.features).argmax(1) == shard.labels for shard in shards]
+        right = [model(shard.features[:]).argmax(1) == shard.labels[:] for shard in shards]
     return torch.cat(right).double().mean().item()
 
 
@@ -259,7 +269,7 @@ def compare(name: str, repeats: int) -> dict[str, float]:
     """Every way on one dataset."""
     job = parse(SweepJob, JOBS[name])
     job = job.model_copy(update={"data": data.declared(job.data)})
-    seen, tested = divided(data.read(job.data))
+    seen, tested = divided(job, Path(os.environ[HOME]))
     noise = {way: noise_of(how, job) for way, how in WAYS.items()}
     reached: dict[str, list[float]] = {way: [] for way in WAYS}
     counts: dict[str, list[int]] = {way: [] for way in WAYS}
@@ -268,7 +278,7 @@ def compare(name: str, repeats: int) -> dict[str, float]:
         drawn = candidates(job, random.Random(f"candidates of {name} {repeat}"))
         count = {"untuned": 1, "filter": TRIALS, "select": repetitions(draw.random()), "naive": TRIALS}
         tried = list(itertools.islice(drawn, max(count.values())))
-        parts = parts_of(job, seen, tested, hashlib.sha256(f"key of {name} {repeat}".encode()).hexdigest())
+        parts = parts_of(seen, tested, hashlib.sha256(f"key of {name} {repeat}".encode()).hexdigest())
         for way in WAYS:
             plan = [{}] if way == "untuned" else tried[: count[way]]
             reached[way].append(released(job, parts, plan, noise[way]))
@@ -291,13 +301,15 @@ def compare(name: str, repeats: int) -> dict[str, float]:
 def measure(quick: bool) -> dict[str, float]:
     """Both datasets; digits once where it must be quick."""
     torch.set_num_threads(1)
-    result = compare("digits", 1 if quick else REPEATS)
-    if quick:
-        return result
-    if not ADULT.is_file():
-        print(f"adult: skipped, {ADULT} is not there", file=sys.stderr)
-        return result
-    return result | compare("adult", REPEATS)
+    with tempfile.TemporaryDirectory() as home:
+        os.environ[HOME] = home
+        result = compare("digits", 1 if quick else REPEATS)
+        if quick:
+            return result
+        if not ADULT.is_file():
+            print(f"adult: skipped, {ADULT} is not there", file=sys.stderr)
+            return result
+        return result | compare("adult", REPEATS)
 
 
 if __name__ == "__main__":

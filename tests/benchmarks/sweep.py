@@ -11,13 +11,13 @@ before_s               of the sweep's, what comes before Tune begins: admission,
 Ours is what `purser tune` does between Ray's start and its table: the source is read, fingerprinted and admitted, the
 accountant started over an SQLite file, and `tuning.sweep.Sweep` run. The bare side is what one would write without us:
 the same candidates as a grid for Tune, with the same resources and concurrency, whose trainable fits a TorchTrainer of
-as many workers with the same settings; each worker reads the same table, takes the same shard, makes the same model and
-PrivateTrainer and takes the same steps in the same blocks, with the same report and checkpoint after each; rank 0
-judges the same validation records and writes the same file of weights.
+as many workers with the same settings; each worker maps the same prepared records, takes the same shard, makes the same
+model and PrivateTrainer and takes the same steps in the same blocks, with the same report and checkpoint after each;
+rank 0 judges the same validation records and writes the same file of weights.
 
 What only ours does, then: reserve, open, authorise and settle, each durable; the search gate; the beat of the holder;
-the fingerprint of the source, on the driver and on every worker; the hash of our code on every process; the rehearsal;
-the discrete Gaussian noise on the histogram; a file with each trial's outcome.
+the fingerprint of the source, on the driver; checks of what is prepared, and the hash of our code, on every worker; the
+rehearsal; the discrete Gaussian noise on the histogram; a file with each trial's outcome.
 """
 
 from __future__ import annotations
@@ -38,20 +38,21 @@ from cluster.accounting.ledger import Ledger
 from cluster.screen import Screen
 from cluster.session import CPUS_PER_WORKER, groups_at_once, local_ray
 from tests.benchmarks import main
-from training import data
 from training.admission import admit
 from training.config import Job
-from training.engine.sampling import Shard
+from training.data import declared
 from training.engine.trainer import PrivateTrainer
 from training.jobfile import load, parse
 from training.models import build
+from training.preparation import prepare
 from training.release import write_weights
+from training.shards import Prepared
 from tuning.config import SweepJob
 from tuning.plan import planned
 
 DIGITS = Path(__file__).resolve().parents[2] / "infra" / "jobs" / "digits.yaml"
 EPSILON = 100.0  # every round's trials are paid for; what is measured is not how many fit
-KEY = "00" * 32  # of the bare side's partitions: a split by hash, as ours is
+KEY = "00" * 32  # of the bare side's records, which are read and split by our code, too
 
 
 def job_of(trials: int) -> SweepJob:
@@ -105,12 +106,6 @@ class Ours:
 # -- bare --
 
 
-def shard_of(job: Job, table: data.Table, partition: str, rank: int, world: int) -> Shard:
-    """One rank's records."""
-    encoded = data.load(job, table, KEY, partition, rank, world)
-    return Shard(torch.from_numpy(encoded.features), torch.from_numpy(encoded.labels), encoded.offsets)
-
-
 def bare_worker(config: dict[str, Any]) -> None:
     """The training loop of one worker: the engine, reports and checkpoints, and nothing else."""
     import ray.train
@@ -126,22 +121,23 @@ def bare_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     job = parse(Job, config["job"])
-    job = job.model_copy(update={"data": data.declared(job.data)})
-    assert job.data.label is not None
+    table = declared(job.data)
+    assert table.label is not None
     how = job.training
-    table = data.read(job.data)
-    shard = shard_of(job, table, "train", rank, world)
-    model = build(job.model, job.data.width, len(job.data.label.categories))
+    prepared = Prepared.at(prepare(job, KEY, KEY))
+    assert prepared is not None
+    shard = prepared.shard("train", rank, world)
+    model = build(job.model, table.width, len(table.label.categories))
     trainer = PrivateTrainer(model, how.optimizer, job.run(), how.clipping, how.precision)
     for done in range(0, how.steps, how.block):
         trainer.steps(shard, min(how.block, how.steps - done))
         report({"steps": min(done + how.block, how.steps)})
     metrics = {}
     if rank == 0:
-        judged = shard_of(job, table, "validation", 0, 1)
+        judged = prepared.shard("validation", 0, 1)
         trainer.model.eval()
         with torch.no_grad():
-            right = trainer.model(judged.features).argmax(1) == judged.labels
+            right = trainer.model(judged.features[:]).argmax(1) == judged.labels[:]
         metrics = {"accuracy": right.double().mean().item()}
         write_weights(trainer.unhook(), Path(config["folder"]))
     report({"steps": how.steps, **metrics})

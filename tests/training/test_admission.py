@@ -21,7 +21,7 @@ ROWS = f"age,person,label\n36,{SECRET},yes\n41,Babbage,no\n"
 
 
 @pytest.fixture
-def books(tmp_path):
+def books(home, tmp_path):
     return Books(Ledger(f"sqlite:///{tmp_path}/ledger.db"))
 
 

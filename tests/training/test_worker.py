@@ -19,14 +19,16 @@ from cluster.accounting.leases import Leases
 from cluster.accounting.ledger import Ledger
 from cluster.environment import code_hash
 from cluster.errors import PurserError, Unreachable
-from training import data, worker
+from training import sources, worker
 from training.admission import admit, plans_of
+from training.data import DIGITS as DIGITS_SOURCE
 from training.engine.bookkeeping import BookKeepingHooks
 from training.engine.trainer import PrivateTrainer
 from training.evaluation import judged
 from training.jobfile import load
 from training.metrics import ACCURACY
 from training.models import rehearsed
+from training.preparation import prepare
 from training.release import kept_rungs
 from tuning.config import SweepJob
 
@@ -101,10 +103,15 @@ class Desk:
                 "lease": "run",
                 "ledger": self.ledger.identity,
                 "folder": str(self.folder),
+                "prepared": str(self.prepared()),
                 "code": code_hash(),
                 **config,
             }
         )
+
+    def prepared(self):
+        """What the driver would have prepared for this run's job."""
+        return prepare(self.job, self.books.source_key(), self.books.partition_key(self.job.account))
 
     def steps_charged(self):
         """Steps that were authorised on the train account."""
@@ -234,9 +241,16 @@ def test_a_fenced_worker_cannot_go_on(desk, monkeypatch):
 def test_other_code_or_other_data_is_found_before_any_charge(desk, monkeypatch):
     with pytest.raises(PurserError, match="other code"):
         desk.train(code="0" * 64)
-    desk.client.source_key = lambda: "00" * 32  # a fingerprint that the account does not know
-    with pytest.raises(PurserError, match=r"data\.source"):
-        desk.train()
+    for wrong, said in (
+        (prepare(desk.job, "00" * 32, desk.books.partition_key("digits")), "its content changed"),
+        (prepare(desk.job, desk.books.source_key(), "00" * 32), "is not what the job says"),
+        (desk.folder, "is not there on this node, or not whole"),
+    ):
+        with pytest.raises(PurserError, match=rf"^data\.source: .*{said}"):
+            desk.train(prepared=str(wrong))
+    for field, value in (("data.features", {"pixel_1": {"range": [0, 16]}}), ("data.validation_fraction", 0.3)):
+        with pytest.raises(PurserError, match=r"^data\.source: what is prepared is not what the job says"):
+            desk.train(job=desk.job.with_values({field: value}).model_dump(mode="json"))
     assert desk.steps_charged() == 0
     assert desk.events == []
 
@@ -334,7 +348,7 @@ def test_no_error_of_a_library_crosses(desk, monkeypatch):
         except ValueError as inner:
             raise RuntimeError("row SECRET-ROW") from inner
 
-    monkeypatch.setattr(worker.data, "load", leaks)
+    monkeypatch.setattr(worker.Prepared, "shard", leaks)
     with pytest.raises(PurserError) as caught:
         desk.train()
     assert "SECRET" not in everything(caught.value)
@@ -487,8 +501,10 @@ def test_declared_groups_are_judged_at_the_same_price(home, monkeypatch):
 
 def on_public(folder):
     """Overrides with which a job is judged on the first hundred digits as a file, as if they were somebody else's."""
-    table = data.read(data.declared(load(SweepJob, DIGITS).data))
-    lines = [",".join(cells) for cells in (table.names, *list(zip(*table.columns, strict=True))[:100])]
+    source = sources.find(DIGITS_SOURCE)
+    batch = next(source.batches(0)).slice(0, 100)
+    rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
+    lines = [",".join(cells) for cells in (source.names, *rows)]
     (folder / "public.csv").write_text("\n".join(lines) + "\n")
     return {"evaluation.on": "public", "evaluation.source": str(folder / "public.csv")}
 

@@ -22,6 +22,7 @@ from training.admission import admit
 from training.config import Job
 from training.engine.trainer import PrivateTrainer
 from training.jobfile import load
+from training.preparation import prepare
 from tuning import group
 from tuning import sealed as module
 from tuning.config import SweepJob
@@ -86,6 +87,7 @@ class Desk:
                 "order": self.order,
                 "ledger": self.ledger.identity,
                 "folder": str(self.home),
+                "prepared": str(prepare(self.job.plain, self.books.source_key(), self.books.partition_key("digits"))),
                 "code": code_hash(),
                 **changes,
             }

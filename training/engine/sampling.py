@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,9 +19,20 @@ from training.engine.randomness import Keystream
 from training.engine.run import DPSGDRun
 
 
+class Rows(Protocol):
+    """Rows as a tensor has them, or that are read when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, which: torch.Tensor | slice, /) -> torch.Tensor:
+        """The rows at `which`, int64 [rows] or a slice, as a tensor of their own."""
+        ...
+
+
 @dataclass(frozen=True)
 class Shard:
-    """One rank's private records, grouped by unit.
+    """One rank's private records, grouped by unit. What holds them may be a tensor, or read them when they are asked
+    for: nothing here asks for more than the records of one micro-batch.
 
     Attributes:
         features: float tensor [records, ...], or int64 tokens [records, length].
@@ -31,17 +43,18 @@ class Shard:
         mask: int64 tensor [records, length], 1 where there is a token and 0 in the padding after them; None for tables.
 
     Raises:
-        UsageError: there is padding before a token: causal models are given no mask, and would read it.
+        UsageError: there is padding before a token: causal models are given no mask, and would read it. Only a tensor
+            is looked through for it: what reads rows when they are asked for makes its masks of lengths.
     """
 
-    features: torch.Tensor
-    labels: torch.Tensor
+    features: Rows
+    labels: Rows
     offsets: np.ndarray
-    mask: torch.Tensor | None = None
-    groups: torch.Tensor | None = None
+    mask: Rows | None = None
+    groups: Rows | None = None
 
     def __post_init__(self) -> None:
-        if self.mask is not None and bool((self.mask[:, 1:] > self.mask[:, :-1]).any()):
+        if isinstance(self.mask, torch.Tensor) and bool((self.mask[:, 1:] > self.mask[:, :-1]).any()):
             raise UsageError(
                 "data: padding stands before a record's tokens; set the tokenizer's padding_side to right."
             )

@@ -1,0 +1,168 @@
+"""Prepared records as a trainer reads them: memory-mapped files behind what looks like tensors. Inside the boundary.
+
+Opening reads no record. A row is read when it is asked for, from pages that all processes of a node share, so that a
+corpus larger than memory trains. Which rows are asked for is private.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cluster.errors import UsageError
+from training import sources
+from training.config import Job
+from training.encoding import Encoding
+from training.engine.objective import IGNORED
+from training.engine.sampling import Rows, Shard
+from training.preparation import INDEX, MANIFEST
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A folder that `preparation` has made, whole.
+
+    `manifest`: fingerprint, digest of the preparation, columns, tokenizer, and of each partition its files and counts,
+    which are private.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    @staticmethod
+    def at(folder: Path) -> Prepared | None:
+        """What is prepared in `folder`; None where nothing is, or not all of it."""
+        try:
+            return Prepared(folder, json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+    def shard(self, partition: str, rank: int, world: int) -> Shard:
+        """The units of `partition` that fall to `rank` of `world`.
+
+        Raises:
+            UsageError: the folder does not hold what its manifest says.
+        """
+        order, offsets, shares = (np.load(self.folder / f"{partition}-{name}.npy", mmap_mode="r") for name in INDEX)
+        if world > 1:
+            mine = np.flatnonzero(shares % np.uint64(world) == rank)
+            first, sizes = offsets[mine], offsets[mine + 1] - offsets[mine]
+            offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+            order = order[np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], sizes)]
+        columns = self._columns(partition, order)
+        return shard_of(columns, np.array(offsets, dtype=np.int64), self.manifest["causal"])
+
+    def _columns(self, partition: str, order: np.ndarray) -> dict[str, Mapped]:
+        facts = self.manifest["partitions"][partition]
+        batches = []
+        for name, records in facts["files"].items():
+            file = pa.ipc.open_file(pa.memory_map(str(self.folder / name)))
+            these = [file.get_batch(i) for i in range(file.num_record_batches)]
+            if sum(batch.num_rows for batch in these) != records:
+                raise UsageError(
+                    f"data.source: its prepared form in {self.folder} was changed; delete that folder, it is made anew."
+                )
+            batches += these
+        starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        return {
+            name: Mapped([_values(batch.column(name)) for batch in batches], starts, order, width, np.dtype(kind))
+            for name, (kind, width) in facts["columns"].items()
+        }
+
+
+def _values(column: pa.Array) -> np.ndarray:
+    """A column where it lies, without a copy: [records], or [records, width]."""
+    if pa.types.is_fixed_size_list(column.type):
+        width = column.type.list_size
+        return column.flatten().to_numpy(zero_copy_only=True).reshape(-1, width)
+    return column.to_numpy(zero_copy_only=True)
+
+
+class Mapped:
+    """One column of records that lie in several mapped pieces, in an order of their own; reads what it is asked for.
+
+    Args:
+        pieces: each [records] or [records, width].
+        starts: the first record's number of each piece, and the number of all.
+        order: the number of each record, as it is asked for.
+        width: of a record, 0 where it is one number.
+    """
+
+    def __init__(
+        self, pieces: Sequence[np.ndarray], starts: np.ndarray, order: np.ndarray, width: int, kind: np.dtype
+    ) -> None:
+        self._pieces, self._starts, self._order, self._kind = pieces, starts, order, kind
+        self._shape = (width,) if width else ()
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, which: torch.Tensor | slice) -> torch.Tensor:
+        where = self._order[which if isinstance(which, slice) else which.numpy()]
+        piece = np.searchsorted(self._starts, where, side="right") - 1
+        found = np.empty((len(where), *self._shape), self._kind)
+        for i in np.unique(piece):
+            here = piece == i
+            found[here] = self._pieces[i][where[here] - self._starts[i]]
+        return torch.from_numpy(found)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What is made of other columns at each access."""
+
+    of: tuple[Rows, ...]
+    make: Callable[..., torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.of[0])
+
+    def __getitem__(self, which: torch.Tensor | slice) -> torch.Tensor:
+        return self.make(*(column[which] for column in self.of))
+
+
+def shard_of(columns: Mapping[str, Rows], offsets: np.ndarray, causal: bool) -> Shard:
+    """A shard of encoded records (`Encoding.arrays`), in the order of their units."""
+    groups = columns.get("group")
+    if "features" in columns:
+        return Shard(columns["features"], columns["label"], offsets, groups=groups)
+    ids, length, prompt = columns["ids"], columns["length"], columns["prompt"]
+    mask = Derived((length,), functools.partial(_mask, width=ids[:0].shape[1]))
+    features = Derived((ids,), torch.Tensor.long)
+    labels = Derived((ids, length, prompt), _predicted) if causal else columns["label"]
+    return Shard(features, labels, offsets, mask, groups)
+
+
+def _mask(length: torch.Tensor, width: int) -> torch.Tensor:
+    return (torch.arange(width) < length[:, None]).long()
+
+
+def _predicted(ids: torch.Tensor, length: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """Every token but those of the prompt and the padding."""
+    place = torch.arange(ids.shape[1])
+    wanted = (place < length[:, None]) & (place >= prompt[:, None])
+    return ids.long().masked_fill(~wanted, IGNORED)
+
+
+def public_shard(job: Job) -> Shard:
+    """Every record of the file that the job declares public, in memory, each a unit of its own.
+
+    Raises:
+        UsageError: it cannot be read, or holds no record.
+    """
+    source, encoding = sources.public(job), Encoding.of(job)
+    made = [
+        encoding.arrays(batch) for number in range(len(source.files)) for batch in source.batches(number) if len(batch)
+    ]
+    count = sum(len(next(iter(arrays.values()))) for arrays in made)
+    source.check_records(count)
+    columns = {name: torch.from_numpy(np.concatenate([arrays[name] for arrays in made])) for name in made[0]}
+    return shard_of(columns, np.arange(count + 1), encoding.causal)
