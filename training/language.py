@@ -24,7 +24,7 @@ BASE = "base"  # in a release's folder, beside an adapter on a model that is now
 HEADS = ("classifier", "score")  # how transformers calls what is new of a classifier; PEFT trains it by these names
 ATTENTION = "sdpa"
 _SEED = 0x9E3779B9  # of weights that nobody trained; public
-_TINY_SIZES = {
+_TINY_SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -50,9 +50,9 @@ def build(job: Job) -> Any:
         _check_fits(job, model, tokenizer)
         if job.model.lora is not None:
             return _adapted(model, job.model, job.model.lora, fresh)
-    if model.config.model_type == "bert":
-        # Looked up once for all records: there is no gradient of one record's.
-        model.bert.embeddings.position_embeddings.requires_grad_(False)
+    for name, layer in model.named_modules():
+        if name == "bert.embeddings.position_embeddings":  # looked up once for all records: no gradient is one record's
+            layer.requires_grad_(False)
     return model
 
 
@@ -63,11 +63,10 @@ def save(model: Any, job: Job, folder: Path) -> None:
     if tokenizer.pad_token_id is None:  # as it was trained
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end_of(tokenizer))
     if job.target == "adapter":
-        made_here = job.model.path in TINY
         adapter = model.peft_config["default"]
-        adapter.base_model_name_or_path = BASE if made_here else public_path(job.model)
+        adapter.base_model_name_or_path = BASE if job.model.made_here else job.model.public().path
         model.save_pretrained(folder, save_embedding_layers=False)
-        if made_here:
+        if job.model.made_here:
             _save_whole(build(job.with_values({"model.lora": None, "release.target": None})), folder / BASE)
     elif job.model.lora is not None:  # merged in a copy: at a rung the run goes on
         copy = build(job)
@@ -76,12 +75,6 @@ def save(model: Any, job: Job, folder: Path) -> None:
     else:
         _save_whole(model, folder)
     tokenizer.save_pretrained(folder)
-
-
-def public_path(model: Model) -> str:
-    """`model.path` as others may read it: of a folder its name, since where it lies is nobody's business."""
-    assert model.path is not None
-    return Path(model.path).name if Path(model.path).is_absolute() else model.path
 
 
 def _quiet() -> None:
@@ -151,9 +144,9 @@ def _tiny(path: str, causal: bool, words: int) -> Any:
 def _settled(config: Any, job: Job, tokenizer: PreTrainedTokenizerFast) -> Any:
     """`config` as the engine and the job want it."""
     for name, value in config.to_dict().items():
-        if "dropout" in name or name.endswith("pdrop"):
-            if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-                setattr(config, name, 0.0)
+        drops = "dropout" in name or name.endswith("pdrop")
+        if drops and (value is None or isinstance(value, (int, float))):
+            setattr(config, name, 0.0)
     config.use_cache = False
     config.pad_token_id = end_of(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config.bos_token_id = tokenizer.bos_token_id
@@ -174,7 +167,7 @@ def _check_fits(job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
             f"data.text.max_length: {text.max_length} was given; the model of model.path reads {room} tokens, choose "
             f"{room} or fewer."
         )
-    words = model.get_input_embeddings().num_embeddings
+    words: Any = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > words:
         raise UsageError(
             f"model.path: the tokenizer of {job.model.path!r} has {len(tokenizer)} tokens and its model knows {words}; "
@@ -193,7 +186,7 @@ def _adapted(model: PreTrainedModel, said: Model, lora: Lora, fresh: Iterable[st
     chosen = _ending_in(own - new, lora.target_modules)
     adapters = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a quotient of r, of which PEFT says that it is whole
         target_modules=list(lora.target_modules),
         exclude_modules=sorted(set(linear) - chosen),
         modules_to_save=sorted(new) or None,
