@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -15,3 +16,36 @@ def write_whole(path: Path, text: str) -> Path:
         os.fsync(file.fileno())
     os.replace(draft, path)
     return path
+
+
+def put_whole(draft: Path, path: Path) -> Path:
+    """Let the file or folder `draft`, which lies beside `path`, take its place, whole; returns `path`. Of a folder that
+    was there before there is a moment without either."""
+    if path.is_dir():
+        before = path.with_name(f".{path.name}-before")
+        shutil.rmtree(before, ignore_errors=True)
+        os.replace(path, before)
+        os.replace(draft, path)
+        shutil.rmtree(before)
+    else:
+        os.replace(draft, path)
+    return path
+
+
+def copy_whole(source: Path, path: Path) -> Path:
+    """Copy a file or folder so that it is there whole, or as it was; returns `path`."""
+    draft = path.with_name(f".{path.name}")
+    if source.is_dir():
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(source, draft)
+    else:
+        shutil.copyfile(source, draft)
+    return put_whole(draft, path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

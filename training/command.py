@@ -86,9 +86,9 @@ def run(
             cost = charged(client, job, name)
     result |= {"status": outcome.status, "authorised_steps": cost.steps, "epsilon_of_run": cost.epsilon}
     result |= {"metrics": outcome.metrics, "rungs": release.kept_rungs(folder), "why": outcome.why}
-    if outcome.status in (COMPLETED, STOPPED) and (folder / release.WEIGHTS).exists():
+    if outcome.status in (COMPLETED, STOPPED) and release.left(folder).exists():
         said = release.statement(job, name, cost.accounts, cost.entries, outcome.metrics, "none in this run.")
-        result["release"] = str(release.write_release(folder, folder / release.WEIGHTS, said))
+        result["release"] = str(release.write_release(folder, release.left(folder), said))
     _conclude(screen, outcome, result)
     alive.release()
     return result

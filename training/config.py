@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -137,6 +138,17 @@ class Model(Section):
     def reads_text(self) -> bool:
         """Whether it is a language model."""
         return self.kind in ("sequence-classification", "causal-lm")
+
+    @property
+    def made_here(self) -> bool:
+        """Whether its first weights are made on the spot, and are nobody's."""
+        return self.path is None or self.path.startswith("tiny:")
+
+    def public(self) -> Model:
+        """As others may read of it: of a folder its name, for where it lies is nobody's business."""
+        if self.path is None or not Path(self.path).is_absolute():
+            return self
+        return self.model_copy(update={"path": Path(self.path).name})
 
     @model_validator(mode="after")
     def _checks(self) -> Model:

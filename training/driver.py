@@ -20,7 +20,7 @@ from cluster.files import write_whole
 from cluster.session import CPUS_PER_WORKER
 from training.config import Job
 from training.metrics import RELEASED
-from training.release import WEIGHTS, rung_folder
+from training.release import left, rung_folder
 
 if TYPE_CHECKING:
     from training.preparation import Everywhere
@@ -49,8 +49,8 @@ class Outcome:
         return "settle" if self.status == COMPLETED or self.rung else "release"
 
     def weights(self, folder: Path) -> Path:
-        """The weights of the run in `folder` that have these metrics."""
-        return (rung_folder(folder, self.rung) if self.rung else folder) / WEIGHTS
+        """What the run in `folder` left of the model that has these metrics: see `release.left`."""
+        return left(rung_folder(folder, self.rung) if self.rung else folder)
 
     def keep(self, folder: Path) -> Outcome:
         """Write it to the run's folder, whole or not at all; returns what stands there. A stop at a rung is the last

@@ -16,7 +16,7 @@ from torch import nn
 from cluster.accounting.mechanisms import DiscreteGaussian
 from cluster.errors import PurserError
 from training.config import LOSS_PARTS, Evaluation, Job
-from training.engine.objective import logits_of, record_losses
+from training.engine.objective import in_one_shape, logits_of, record_losses
 from training.engine.sampling import MicroBatch, Shard
 
 
@@ -152,7 +152,8 @@ def _per_record(model: nn.Module, shard: Shard, evaluation: Evaluation, rows: in
         some = slice(start, start + rows)
         labels, mask = shard.labels[some], None if shard.mask is None else shard.mask[some]
         one_each = torch.arange(len(labels))
-        batch = MicroBatch(shard.features[some], labels, one_each, len(labels), mask).padded(rows).to(device)
+        batch = MicroBatch(shard.features[some], labels, one_each, len(labels), mask)
+        batch = in_one_shape(model, batch, rows).to(device)
         if evaluation.metric == "accuracy":
             good = logits_of(model, batch)[: len(labels)].argmax(1).cpu() == labels
         else:

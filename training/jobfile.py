@@ -58,12 +58,19 @@ def load(kind: type[J], path: Path, assignments: Sequence[str] = ()) -> J:
     if not isinstance(raw, dict):
         raise UsageError(f"JOB: {path} holds no sections; it needs account, privacy, data and model.")
     job = parse(kind, override(raw, values))
-    sections = {
+    sections: dict[str, Any] = {
         name: section.model_copy(update={"source": _absolute(section.source, path.parent, f"{name}.source")})
         for name, section in (("data", job.data), ("evaluation", job.evaluation))
         if section.source is not None
     }
+    if (model := job.model.path) is not None and _names_a_folder(model, path.parent):
+        sections["model"] = job.model.model_copy(update={"path": _absolute(model, path.parent, "model.path")})
     return job.model_copy(update=sections)
+
+
+def _names_a_folder(path: str, beside: Path) -> bool:
+    """Whether a model's path is meant, rather than a hub's id: it looks like one, or is there."""
+    return path.startswith((".", "/", "~")) or (":" not in path and "\0" not in path and (beside / path).is_dir())
 
 
 def _absolute(source: str, folder: Path, field: str) -> str:

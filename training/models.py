@@ -1,4 +1,5 @@
-"""The tabular models a job may name, from public shapes only, and their trainers, rehearsed.
+"""The models a job may name, from public shapes only, and their trainers, rehearsed; those that read text are made in
+`training.language`.
 
 Layers are those that the engine allows by name (`training.engine.validation`).
 """
@@ -19,14 +20,28 @@ def rehearsed(job: Job) -> tuple[PrivateTrainer, Rehearsal]:
     Raises:
         PurserError: what was tried does not hold, or the model may not be trained; nothing was charged.
     """
-    table, how = declared(job.data), job.training
-    assert table.label is not None
-    classes = len(table.label.categories)
-    model = build(job.model, table.width, classes, image_of(job.model, table))
+    how = job.training
+    model, inputs = _of_text(job) if job.model.reads_text else _of_table(job)
     trainer = PrivateTrainer(
         model, how.optimizer, job.run(), how.clipping, how.precision, how.activation_checkpointing == "full"
     )
-    return trainer, rehearse(trainer, Inputs((table.width,), classes))
+    return trainer, rehearse(trainer, inputs)
+
+
+def _of_text(job: Job) -> tuple[nn.Module, Inputs]:
+    from training import language
+
+    assert job.data.text is not None
+    model = language.build(job)
+    classes = len(job.data.label.categories) if job.data.label is not None else 0
+    return model, Inputs((job.data.text.max_length,), classes, model.get_input_embeddings().num_embeddings)
+
+
+def _of_table(job: Job) -> tuple[nn.Module, Inputs]:
+    table = declared(job.data)
+    assert table.label is not None
+    classes = len(table.label.categories)
+    return build(job.model, table.width, classes, image_of(job.model, table)), Inputs((table.width,), classes)
 
 
 def build(model: Model, width: int, classes: int, image: tuple[int, int, int] | None = None) -> nn.Module:

@@ -1,4 +1,5 @@
-"""What leaves: weights as safetensors and a privacy statement, in JSON for machines and Markdown for lawyers.
+"""What leaves: weights as safetensors and a privacy statement, in JSON for machines and Markdown for lawyers; of a
+language model a folder that transformers and PEFT load, with a model card. Nothing else leaves.
 
 Every number of a statement comes from the ledger or from declared facts; nothing is recomputed from data.
 """
@@ -9,7 +10,6 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.accounting.books import Account
 from cluster.accounting.costs import epsilon_text
-from cluster.files import write_whole
+from cluster.files import put_whole, write_whole
+from training import card
 from training.config import Job
 from training.metrics import by_group, in_words
 
@@ -25,8 +26,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 WEIGHTS = "weights.safetensors"
+MODEL = "model"  # in a run's folder, in place of WEIGHTS: what a language model leaves
+# Of such a folder these leave, and no other: libraries write what they like.
+LEAVING = (
+    *("adapter_model.safetensors", "adapter_config.json", "model.safetensors", "config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("base/model.safetensors", "base/config.json", "base/generation_config.json"),
+)
 METRICS = "metrics.json"  # of a rung
-LIBRARIES = ("purser", "torch", "opacus", "opendp", "ray")
+LIBRARIES = ("purser", "torch", "opacus", "opendp", "ray")  # and transformers and peft, where they were used
 EXCLUDED = (
     "timing, memory use, crashes and out-of-memory stops are side channels outside the guarantee",
     "the guarantee is for idealised real arithmetic with computationally secure randomness; floating-point effects are "
@@ -36,13 +44,37 @@ EXCLUDED = (
 )
 
 
-def write_weights(model: nn.Module, folder: Path) -> None:
-    """Write the noised parameters of `model`, whole or not at all."""
-    from safetensors.torch import save_file
+def write_model(model: nn.Module, folder: Path, job: Job) -> None:
+    """Write what may leave of the noised `model` of `job`, whole or not at all."""
+    if not job.model.reads_text:
+        write_weights(model, folder)
+        return
+    from training import language
 
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / f".{WEIGHTS}")
-    os.replace(folder / f".{WEIGHTS}", folder / WEIGHTS)
+    draft = folder / f".{MODEL}"
+    shutil.rmtree(draft, ignore_errors=True)
+    language.save(model, job, draft)
+    put_whole(draft, folder / MODEL)
+
+
+def write_weights(model: nn.Module, folder: Path) -> None:
+    """Write the noised parameters of `model`, whole or not at all; of tied ones the file holds one, and says so."""
+    from safetensors.torch import save_model
+
+    save_model(model, str(folder / f".{WEIGHTS}"))
+    put_whole(folder / f".{WEIGHTS}", folder / WEIGHTS)
+
+
+def left(folder: Path) -> Path:
+    """Where the run in `folder` left its model: a file, or a folder of a language model's; it need not be there."""
+    return folder / MODEL if (folder / MODEL).is_dir() else folder / WEIGHTS
+
+
+def file_of(job: Job) -> str:
+    """The file in a release of `job` that holds what was trained."""
+    if not job.model.reads_text:
+        return WEIGHTS
+    return "adapter_model.safetensors" if job.target == "adapter" else "model.safetensors"
 
 
 def rung_folder(folder: Path, steps: int) -> Path:
@@ -50,12 +82,12 @@ def rung_folder(folder: Path, steps: int) -> Path:
     return folder / f"rung-{steps}"
 
 
-def keep_rung(model: nn.Module, folder: Path, steps: int, metrics: Mapping[str, Any]) -> None:
-    """Keep the noised parameters of `model` after `steps` steps of the run in `folder`, and the noised metrics that it
-    was judged to have."""
+def keep_rung(model: nn.Module, folder: Path, job: Job, steps: int, metrics: Mapping[str, Any]) -> None:
+    """Keep the noised parameters of the `model` of `job` after `steps` steps of the run in `folder`, and the noised
+    metrics that it was judged to have."""
     rung = rung_folder(folder, steps)
     rung.mkdir(exist_ok=True)
-    write_weights(model, rung)
+    write_model(model, rung, job)
     write_whole(rung / METRICS, json.dumps({"steps": steps, **metrics}))
 
 
@@ -118,12 +150,12 @@ def statement(
             "delta": first.delta,
             "scope": "everything ever released from this dataset through this ledger, tuning and evaluation included",
         },
-        "released": {"target": job.target, "file": WEIGHTS, "metrics": dict(metrics)},
+        "released": {"target": job.target, "file": file_of(job), "metrics": dict(metrics)},
         "accounting": {
             "method": "Rényi filter at one fixed integer order per account (Feldman and Zrnic 2021); conversion of "
             "Canonne, Kamath and Steinke 2020; costs are integers of 1e-12 RDP, rounded up",
             "sampling": "Poisson over units at sample_rate, as accounted, by a ChaCha20 keystream from OS entropy",
-            "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "libraries": {name: importlib.metadata.version(name) for name in _libraries(job)},
         },
         "training": {
             "mechanism": "DP-SGD",
@@ -132,7 +164,8 @@ def statement(
             "sample_rate": plan.sample_rate,
             "expected_batch_size": plan.expected_batch_size,
             "planned_steps": plan.steps,
-            "model": job.model.model_dump(mode="json", exclude_none=True),
+            "model": job.model.public().model_dump(mode="json", exclude_none=True),
+            **({"labels": list(label.categories)} if job.model.reads_text and (label := job.data.label) else {}),
             "optimizer": job.training.optimizer.model_dump(mode="json"),
         },
         "tuning": tuning,
@@ -144,26 +177,47 @@ def statement(
     }
 
 
-def write_release(folder: Path, weights: Path, said: Mapping[str, Any]) -> Path:
-    """Make `folder`/release from `weights` and a statement; returns its path."""
-    release = folder / "release"
-    release.mkdir(exist_ok=True)
-    shutil.copyfile(weights, release / WEIGHTS)
-    (release / "statement.json").write_text(json.dumps(said, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    (release / "statement.md").write_text(markdown(said), encoding="utf-8")
-    return release
+def write_release(folder: Path, model: Path, said: Mapping[str, Any]) -> Path:
+    """Make `folder`/release of what a run left (see `left`) and a statement, whole or not at all; returns its path."""
+    draft = folder / ".release"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    if model.is_dir():
+        for name in LEAVING:
+            if (model / name).is_file():
+                (draft / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(model / name, draft / name)
+        (draft / card.CARD).write_text(card.markdown(said), encoding="utf-8")
+    else:
+        shutil.copyfile(model, draft / WEIGHTS)
+    (draft / "statement.json").write_text(json.dumps(said, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (draft / "statement.md").write_text(markdown(said), encoding="utf-8")
+    return put_whole(draft, folder / "release")
+
+
+def _libraries(job: Job) -> tuple[str, ...]:
+    text = ("transformers", "peft") if job.model.lora else ("transformers",)
+    return (*LIBRARIES, *text) if job.model.reads_text else LIBRARIES
 
 
 def _public_data(job: Job) -> str:
-    """What the owner of the data declared to be public, and its content where it is a file."""
-    source = job.evaluation.source
-    if source is None:
-        return "none"
-    content = ""
-    if Path(source).is_file():  # what has gone since has no content to name, and the model may leave all the same
-        with open(source, "rb") as file:
-            content = f" (SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()})"
-    return f"{Path(source).name}{content}, declared public by the job, on which the model was judged"
+    """What was taken to be public: weights that training began with, and the file on which the model was judged."""
+    public = []
+    path = job.model.path
+    if path is not None and not job.model.made_here:
+        files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_absolute() else []
+        content = "".join(f", {file.name} SHA-256 {_sha256(file)}" for file in files)
+        public.append(f"the pretrained model {job.model.public().path}{content}, whose weights training began with")
+    if (source := job.evaluation.source) is not None:
+        # What has gone since has no content to name, and the model may leave all the same.
+        content = f" (SHA-256 {_sha256(Path(source))})" if Path(source).is_file() else ""
+        public.append(f"{Path(source).name}{content}, declared public by the job, on which the model was judged")
+    return "; ".join(public) or "none"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def markdown(said: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ from training.jobfile import parse
 from training.metrics import only_public
 from training.models import rehearsed
 from training.preparation import digest
-from training.release import keep_rung, write_weights
+from training.release import keep_rung, write_model
 from training.shards import Prepared, public_shard
 
 
@@ -184,7 +184,7 @@ class Judge:
         metrics = self._release(trainer, self._records)
         if metrics:
             trainer.check_fixed()
-            keep_rung(trainer.model, self._folder, steps, metrics)
+            keep_rung(trainer.model, self._folder, self._rank.job, steps, metrics)
         return metrics
 
     def at_end(self, trainer: PrivateTrainer) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class Judge:
         if self._records is None:
             return {}
         metrics = self._release(trainer, self._records)
-        write_weights(trainer.unhook(), self._folder)
+        write_model(trainer.unhook(), self._folder, self._rank.job)
         return metrics
 
     def _release(self, trainer: PrivateTrainer, records: Shard | PublicRecords) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from training.engine.sampling import Shard
 from training.evaluation import PublicRecords, judged
 from training.jobfile import parse
 from training.models import rehearsed
-from training.release import write_weights
+from training.release import write_model
 from training.worker import Rank, from_rank_0, guarded
 from tuning.config import SweepJob
 from tuning.sealed import Candidate, Sealed
@@ -91,5 +91,5 @@ def _run(
     trainer.steps(train, trainer.run.steps)
     if judges is not None:
         metrics = judged(trainer.model, judges, run)
-        write_weights(trainer.unhook(), candidate.folder)
+        write_model(trainer.unhook(), candidate.folder, run)
         sealed.keep(candidate, metrics)

@@ -21,10 +21,10 @@ from typing import Any
 from cluster.accounting.mechanisms import RepeatAndSelect
 from cluster.accounting.selection import draw
 from cluster.errors import UsageError
-from cluster.files import write_whole
+from cluster.files import remove, write_whole
 from training.driver import COMPLETED, Outcome
 from training.metrics import score
-from training.release import WEIGHTS
+from training.release import left
 from tuning.config import SweepJob
 
 SEALED = "sealed"  # in a sweep's folder
@@ -109,13 +109,13 @@ class Sealed:
         return None
 
     def keep(self, candidate: Candidate, metrics: dict[str, Any]) -> None:
-        """`candidate` is over and has these noised metrics; its weights are in its folder. Only the best's stay."""
+        """`candidate` is over and has these noised metrics; its model is in its folder. Only the best's stay."""
         Outcome(COMPLETED, metrics).keep(candidate.folder)
         with self._locked():
             best = self.best()
             for other in self.candidates():
                 if other.outcome and best and other.tag != best.tag:
-                    (other.folder / WEIGHTS).unlink(missing_ok=True)
+                    remove(left(other.folder))
 
     def best(self) -> Candidate | None:
         """The candidate of the highest noised score; of equal ones that with the largest tag. A candidate that crashed

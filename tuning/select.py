@@ -8,9 +8,7 @@ Neither K nor anything of a loser may come to this file's callers (`sealed` alon
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from cluster.accounting.ledger import Ledger
 from cluster.accounting.mechanisms import Charge
 from cluster.accounting.presence import Presence
 from cluster.errors import PurserError, without_content
-from cluster.files import write_whole
+from cluster.files import copy_whole, write_whole
 from cluster.screen import Screen
 from training import release
 from training.admission import admit
@@ -209,14 +207,14 @@ def run_group(name: str, config: Mapping[str, Any], storage: str) -> str:
 
 
 def _decide(sealed: Sealed, folder: Path) -> Winner:
-    """The best candidate, its weights in the sweep's folder; from here on nothing else is needed of what is sealed."""
+    """The best candidate, its model in the sweep's folder; from here on nothing else is needed of what is sealed."""
     best = sealed.best()
     if best is None:
         return Winner(None, None).keep(folder)
     outcome = best.outcome
     assert outcome is not None
-    shutil.copyfile(best.folder / release.WEIGHTS, folder / f".{release.WEIGHTS}")
-    os.replace(folder / f".{release.WEIGHTS}", folder / release.WEIGHTS)
+    model = release.left(best.folder)
+    copy_whole(model, folder / model.name)
     return Winner(best.values, outcome.metrics).keep(folder)
 
 
@@ -264,7 +262,7 @@ def _release(
         metrics = winner.metrics
         whole.outcome = Outcome(COMPLETED, metrics)
         said = release.statement(whole.job, lease, paid.accounts, paid.entries, metrics, _sentence(job, name))
-        where = str(release.write_release(folder, folder / release.WEIGHTS, said))
+        where = str(release.write_release(folder, release.left(folder), said))
         screen.say(f"Best: {in_words(metrics)}. Released: {where}")
     best = whole if winner.metrics is not None else None
     page = sweep_report(name, before, paid.accounts, [whole], best, said, selection=_facts(job, winner))

@@ -28,6 +28,12 @@ def record_losses(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     return losses.sum(1) / (wanted != IGNORED).sum(1).clamp(min=1)
 
 
+def in_one_shape(model: nn.Module, batch: MicroBatch, rows: int) -> MicroBatch:
+    """`batch`, of at most `rows` records, in the shape that all have. Where the model is given a mask there is a row of
+    padding in any case: transformers may take another kernel where no mask has a 0."""
+    return batch.padded(rows + (batch.mask is not None and not causal(model)))
+
+
 def logits_of(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """What the model says of every row: a plain module's output, or a transformers model's logits."""
     if batch.mask is None:

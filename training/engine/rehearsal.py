@@ -62,9 +62,9 @@ def rehearse(trainer: PrivateTrainer, inputs: Inputs) -> Rehearsal:
     layer that starts at zero (a LoRA adapter, say) nothing is seen at first.
 
     Raises:
-        PurserError: gradients are not what autograd's are, one unit's contribution exceeds max_grad_norm, or changes
-            with its companions, or a non-finite record is let through: training would not be private, or of no use,
-            and does not start.
+        PurserError: gradients are not what autograd's are, a tensor gets none, one unit's contribution exceeds
+            max_grad_norm, or changes with its companions, or a non-finite record is let through: training would not be
+            private, or of no use, and does not start.
         UsageError: a layer would take the records of a batch for one record.
     """
     trains = [p for p in trainer.model.parameters() if p.requires_grad]
@@ -73,6 +73,7 @@ def rehearse(trainer: PrivateTrainer, inputs: Inputs) -> Rehearsal:
     try:
         _move_aside(trains)
         seen.append(_check_clipping(trainer, inputs))
+        _check_all_learn(trainer, inputs)
     finally:
         with torch.no_grad():
             for p, old in zip(trains, before, strict=True):
@@ -127,6 +128,18 @@ def _check_clipping(trainer: PrivateTrainer, inputs: Inputs) -> tuple[float, flo
         )
     _check_agreement(trainer, batch)
     return largest, companions
+
+
+def _check_all_learn(trainer: PrivateTrainer, inputs: Inputs) -> None:
+    """Every tensor that trains must get a gradient: one that gets none would be trained on noise alone, in silence."""
+    batch = synthetic(inputs, torch.arange(min(4, trainer.rows)))
+    for name, ours, theirs, _ in trainer.gradients(batch):
+        if not (bool(ours.any()) and bool(theirs.any())):
+            raise PurserError(
+                f"rehearsal: {name} is to train, and no gradient reaches it: nothing would move it but noise. Freeze "
+                "it, leave its layer out of model.lora.target_modules, or see that the loss depends on it. Nothing was "
+                "charged."
+            )
 
 
 def _contribution(trainer: PrivateTrainer, batch: MicroBatch) -> torch.Tensor:

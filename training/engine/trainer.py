@@ -21,7 +21,7 @@ from cluster.errors import PurserError, UsageError
 from training.engine.bookkeeping import BookKeepingHooks
 from training.engine.contributions import Contribution, Units
 from training.engine.layers import PerRecordHooks
-from training.engine.objective import causal, record_losses
+from training.engine.objective import in_one_shape, record_losses
 from training.engine.optimizer import PrivateOptimizer, is_distributed, ranks
 from training.engine.run import DPSGDRun
 from training.engine.sampling import MicroBatch, PoissonSampler, Shard, micro_batches, rows_of
@@ -147,8 +147,8 @@ class PrivateTrainer:
             return self._hooks.contributions()
 
     def _whole(self, batch: MicroBatch) -> MicroBatch:
-        """`batch` in the one shape that all have, on the device. With a mask there is a row of padding in any case."""
-        return batch.padded(self.rows + (batch.mask is not None and not causal(self.model))).to(self.device)
+        """`batch` in the one shape that all have, on the device."""
+        return in_one_shape(self.model, batch, self.rows).to(self.device)
 
     def _loss(self, batch: MicroBatch) -> torch.Tensor:
         """Summed over records, so that they never share a normaliser."""
@@ -204,9 +204,12 @@ class PrivateTrainer:
         self._optimizer.rehearse_step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Parameters and optimizer state, all of it already noised; nothing about keys is in it (P10)."""
+        """Parameters that train, and optimizer state, all of it already noised; nothing about keys is in it (P10).
+
+        What is frozen is not in it, but for its digests: of a large base with small adapters it is nearly everything.
+        """
         return {
-            "model": self.model.state_dict(),
+            "model": {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad},
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "fixed": self._fixed,
@@ -218,7 +221,7 @@ class PrivateTrainer:
 
         Raises:
             UsageError: it is of a run with other numbers, which its optimizer would go on with.
-            PurserError: it has other frozen tensors or buffers.
+            PurserError: it is of a model with other frozen tensors or buffers.
         """
         began = state.get("planned", {})
         for field, value in self._planned.items():
@@ -227,11 +230,17 @@ class PrivateTrainer:
                     f"{field}: {value} was given, the checkpoint is of a run with {began.get(field, 'none')}; a run "
                     "goes on with the numbers that it began with, start a new one for others."
                 )
-        self.model.load_state_dict(state["model"])
+        mine = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if mine.keys() != state["model"].keys() or state["fixed"] != self._fixed:
+            raise PurserError(
+                "model: its frozen weights, or which of them train, are not those that this run began with; put its "
+                "base model back as it was, or start a new run."
+            )
+        with torch.no_grad():
+            for name, p in mine.items():
+                p.copy_(state["model"][name])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
-        self._fixed = state["fixed"]
-        self.check_fixed()
 
     def check_fixed(self) -> None:
         """See that buffers and frozen tensors are what they were at the run's start.

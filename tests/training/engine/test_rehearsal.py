@@ -214,8 +214,38 @@ def test_records_that_touch_each_other_between_layers_of_zeros_are_caught(mode, 
     trainer = PrivateTrainer(model, Optimizer(), plan(), mode)
     with pytest.raises(PurserError, match="changed with its companions|do not add up"):
         rehearse(trainer, INPUTS)
-    monkeypatch.setattr(rehearsal, "_move_aside", lambda parameters: None)
+    for check in ("_move_aside", "_check_all_learn"):
+        monkeypatch.setattr(rehearsal, check, lambda *_: None)
     rehearse(trainer, INPUTS)  # as it is, it seems sound
+
+
+class Silent(nn.Sequential):
+    """Its first layer trains in a place from which nothing comes back."""
+
+    def __init__(self, how):
+        super().__init__(nn.Linear(WIDTH, 8), nn.Linear(WIDTH, CLASSES), nn.Linear(8, CLASSES))
+        self.how = how
+
+    def forward(self, x):
+        first = self[0](x)
+        heard = {"detached": first.detach(), "unheard": torch.ones_like(first), "times zero": 0 * first}[self.how]
+        return self[1](x) + self[2](heard)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", ["detached", "unheard", "times zero"])
+def test_a_tensor_that_no_gradient_reaches_is_named(mode, how, monkeypatch):
+    """It would take 45 GPU hours of noise in silence (Opacus issue 820)."""
+    monkeypatch.setattr("training.engine.trainer.check_model", lambda *_, **__: None)
+    model = Silent(how)
+    trainer = PrivateTrainer(model, Optimizer(), plan(), mode)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(PurserError, match=r"0\.weight (got no per-record|is to train, and no) gradient"):
+        rehearse(trainer, INPUTS)
+    if how == "times zero":
+        monkeypatch.setattr(rehearsal, "_check_all_learn", lambda *_: None)
+        rehearse(trainer, INPUTS)  # nothing else sees it
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
 def test_norms_that_go_by_the_units_at_hand_are_caught(monkeypatch):

@@ -133,11 +133,32 @@ def test_frozen_tensors_are_all_of_them(change):
     elif change == "an unfrozen weight":
         model[2].requires_grad_(True)
     else:
-        with pytest.raises(PurserError, match="and yet it changed"):
+        with pytest.raises(PurserError, match="not those that this run began with"):
             trainer.load_state_dict({**trainer.state_dict(), "fixed": {}})
         return
     with pytest.raises(PurserError, match=r"(0\.seen|2\.bias) is frozen or a buffer, and yet it changed"):
         trainer.unhook()
+
+
+def test_a_checkpoint_holds_what_trains_and_goes_on_with_the_same_rest_only():
+    """Of a large base with a small adapter the rest is nearly everything."""
+
+    def made(seed: int, frozen: bool = True) -> PrivateTrainer:
+        model = model_of("mlp", seed=seed)
+        model[0].requires_grad_(not frozen)
+        return PrivateTrainer(model, Optimizer(), plan())
+
+    before = made(0)
+    with torch.no_grad():
+        before.model[2].weight.add_(1)
+    state = copy.deepcopy(before.state_dict())
+    assert set(state["model"]) == {"2.weight", "2.bias"}
+    after = made(0)
+    after.load_state_dict(state)
+    assert torch.equal(flat(after.model), flat(before.model))
+    for other in (made(1), made(0, frozen=False)):  # another base; a base that trains
+        with pytest.raises(PurserError, match="not those that this run began with"):
+            other.load_state_dict(state)
 
 
 def lives(rank: int, folder: str) -> None:
