@@ -60,7 +60,7 @@ def test_the_command_writes_vectors_and_their_statement(purser, tmp_path):
     for arguments, words in [
         (given, "--out: embeddings.parquet is there already"),
         ([*given, "--out", "x.jsonl"], "--out: x.jsonl was given"),
-        ([*given, "--out", "x.parquet", "--column", "body"], "--column: texts.csv has no column 'body'"),
+        ([*given, "--out", "x.parquet", "--column", "body"], "--column: --texts has no column 'body'"),
         ([*given[:3], "absent.csv"], "--texts: absent.csv does not exist"),
     ]:
         if words.startswith("--texts"):

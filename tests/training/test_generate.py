@@ -337,7 +337,7 @@ def test_the_command_prints_its_contract_and_refuses_in_a_sentence(purser, relea
         (right, ["--out: generated.jsonl is there already"]),
         ([*right[:2], "--out", "x.jsonl"], ["--prompts"]),
         (["generate", "never-was", *right[2:], "--out", "x.jsonl"], ["RUN: never-was"]),
-        ([*right, "--column", "text", "--out", "x.jsonl"], ["--column: prompts.jsonl has no column 'text'"]),
+        ([*right, "--column", "text", "--out", "x.jsonl"], ["--column: --prompts has no column 'text'"]),
     ]:
         refused = purser(*arguments)
         assert refused.code == 2, refused.err
