@@ -420,6 +420,7 @@ def test_ray_data_makes_the_same_byte_by_byte(tmp_path, monkeypatch, ray_session
     from training.parallel import everywhere
 
     monkeypatch.setattr(preparation, "LARGE", 0)
+    monkeypatch.setattr(preparation, "GREAT", 0)
     monkeypatch.setattr(preparation, "PIECES", 4)
     folder = tmp_path / "parts"
     folder.mkdir()
