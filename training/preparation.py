@@ -104,8 +104,11 @@ def prepare(job: Job, source_key: str, key: str, everywhere: Everywhere = one_by
         if job.evaluation.on == "public":  # its groups are columns of the public file
             encodings["validation"] = encodings["train"]
         recipe = Recipe(job, source, key, encodings, draft, PIECES if large else 1)
-        _make(recipe, mark, name, source_key, everywhere if large else one_by_one)
-        os.rename(draft, folder)
+        try:
+            _make(recipe, mark, name, source_key, everywhere if large else one_by_one)
+            os.rename(draft, folder)
+        finally:  # the text of records is in it
+            shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
