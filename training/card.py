@@ -38,7 +38,8 @@ def markdown(said: Mapping[str, Any]) -> str:
         f"# {said['run']}",
         "",
         f"{what} for {_TASKS[model['kind']].replace('-', ' ')} ({model['kind']}), trained by "
-        f"{said['training']['mechanism']} from {model['path']}{', a small model of random weights made by Purser' if made_here else ''}.",
+        f"{said['training']['mechanism']} from {model['path']}"
+        + (", a small model of random weights made by Purser." if made_here else "."),
         "",
         "## How to load it",
         "",

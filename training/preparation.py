@@ -43,6 +43,7 @@ MANIFEST = "manifest.json"  # of a prepared folder, written last
 INDEX = ("order", "offsets", "shares")  # of a partition, each a file of numbers
 VERSION = 1  # of the files that are written
 LARGE = 2**20  # bytes of a source from which on it is worth other processes
+GREAT = 2**30  # from which on even taking it in, some 100 MB a second, is
 PIECES = 64  # of a large source; the same for all, so that whoever counts them learns nothing of its size
 SETTLED = 2 * 10**9  # ns after which a file that is changed again shows it by its time
 
@@ -103,8 +104,11 @@ def prepare(job: Job, source_key: str, key: str, everywhere: Everywhere = one_by
         if job.evaluation.on == "public":  # its groups are columns of the public file
             encodings["validation"] = encodings["train"]
         recipe = Recipe(job, source, key, encodings, draft, PIECES if large else 1)
-        _make(recipe, mark, name, source_key, everywhere if large else one_by_one)
-        os.rename(draft, folder)
+        try:
+            _make(recipe, mark, name, source_key, everywhere if large else one_by_one)
+            os.rename(draft, folder)
+        finally:  # the text of records is in it
+            shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
@@ -152,7 +156,8 @@ def _inside(*names: str) -> Path:
 
 def _make(recipe: Recipe, mark: str, name: str, source_key: str, everywhere: Everywhere) -> None:
     draft, files = recipe.draft, len(recipe.source.files)
-    (everywhere if files > 1 else one_by_one)(take_in, recipe, files)
+    spread = files > 1 and recipe.source.size >= GREAT
+    (everywhere if spread else one_by_one)(take_in, recipe, files)
     found = np.concatenate([np.load(draft / f"digests-{number}.npy") for number in range(files)])
     order, ordinals = identity.in_order(found)
     if identity.fingerprint(found, order, source_key) != mark:
@@ -216,7 +221,7 @@ def encode(recipe: Recipe, piece: int) -> None:
 
 def _piece(recipe: Recipe, piece: int) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
     """The piece's batches of text, each with its records' ordinals; all pieces together are the source."""
-    ordinals = np.load(recipe.draft / "ordinals.npy")
+    ordinals = np.load(recipe.draft / "ordinals.npy", mmap_mode="r")
     first = count = 0
     for number in range(len(recipe.source.files)):
         file = pa.ipc.open_file(pa.memory_map(str(recipe.draft / f"text-{number}.arrow")))

@@ -310,6 +310,7 @@ def test_what_was_interrupted_is_not_taken_for_whole(at, monkeypatch, place):
         with pytest.raises(MemoryError):
             prepare(job, SOURCE_KEY, KEY)
     assert Prepared.at(wanted) is None
+    assert not (wanted.parent / ".draft").exists(), "the text of records would lie in it"
     again = placed(job, key=OTHER_KEY), placed(job)
     assert all(same(one[p], two[p]) for one, two in zip(whole, again, strict=True) for p in one)
 
@@ -399,6 +400,22 @@ def test_all_that_decides_is_in_the_name(at):
     assert len(set(names)) == len(names)
 
 
+def test_numbers_are_made_of_one_partition_at_a_time(at, monkeypatch):
+    """What is made of one partition's records has not seen the other's: each account pays for what reads it."""
+    monkeypatch.setattr("training.sources.ROWS", 50)
+    made, encoded = [], preparation.Encoding.encoded
+
+    def watched(encoding, batch):
+        made.append([int(name) for name in batch.column("id").to_pylist()])
+        return encoded(encoding, batch)
+
+    monkeypatch.setattr(preparation.Encoding, "encoded", watched)
+    found = where(at(people()), world=1)
+    assert sorted(sum(made, [])) == list(range(300))
+    assert len(made) == 12
+    assert all(len({found[i][0] for i in some}) == 1 for some in made)
+
+
 def test_groups_are_of_the_validation_partition(at):
     job = at(people()).with_values({"evaluation.groups": {"column": "colour", "categories": ["blue"]}})
     made = prepared(job)
@@ -420,6 +437,7 @@ def test_ray_data_makes_the_same_byte_by_byte(tmp_path, monkeypatch, ray_session
     from training.parallel import everywhere
 
     monkeypatch.setattr(preparation, "LARGE", 0)
+    monkeypatch.setattr(preparation, "GREAT", 0)
     monkeypatch.setattr(preparation, "PIECES", 4)
     folder = tmp_path / "parts"
     folder.mkdir()

@@ -375,6 +375,7 @@ def test_the_price_is_that_of_the_distribution_that_was_asked_for(books, repeats
         ("tuning.repeats={distribution: poisson, eta: 1}", "leave it out for poisson"),
         ("tuning.trials=1", "tuning.trials: 1 was given"),
         ("tuning.space={training.noise_multiplier: {uniform: [1, .inf]}}", "uniform"),
+        ("tuning.space={model.path: {choice: ['tiny:bert', other]}}", "model.path cannot be searched in select mode"),
     ],
 )
 def test_what_no_selection_can_be_made_of_is_refused_by_name(wrong, word):
