@@ -30,6 +30,7 @@ _TINY_SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 2048,
+    "initializer_range": 0.1,  # from 0.02, adapters would have to shout to be heard through weights that stay small
 }
 
 

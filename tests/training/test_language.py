@@ -3,18 +3,23 @@ in a fresh process and says what the trained model says, and holds nothing else 
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from product import DIGITS
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
+from cluster.accounting.costs import budget_cost, price
+from cluster.accounting.orders import choose, order_table
 from cluster.errors import PurserError, UsageError
 from training import language
 from training.config import Job
@@ -25,6 +30,7 @@ from training.jobfile import load, override, parse
 from training.models import rehearsed
 from training.release import LEAVING, left, statement, write_model, write_release
 from training.tokens import encode, tokenizer_of
+from tuning.config import SweepJob
 
 LENGTH = 24
 SECRET = "zx81 quokka"
@@ -400,3 +406,49 @@ def test_padded_records_are_judged_as_each_alone(kind, rows):
         assert said["clipped_loss"] == pytest.approx(np.mean(found), abs=1e-5)
     else:
         assert said["correct"] == right
+
+
+def dialogues(job: Job, path: str, unit: str | None = None) -> Shard:
+    """Invented exchanges as records; with `unit` a column by which they belong together."""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: row[unit or "user"])
+    text, prompts = [row["reply"] for row in rows], [row["prompt"] for row in rows]
+    tokens = encode(tokenizer_of(job.model), job.data.text, text, prompts, True)
+    ids, at = torch.from_numpy(tokens.ids).long(), torch.arange(job.data.text.max_length)
+    mask = (at < torch.from_numpy(tokens.length)[:, None]).long()
+    unheard = (mask == 0) | (at < torch.from_numpy(tokens.prompt)[:, None])
+    ends = [i + 1 for i in range(len(rows) - 1) if unit is None or rows[i][unit] != rows[i + 1][unit]]
+    return Shard(ids, ids.masked_fill(unheard, -100), np.array([0, *ends, len(rows)]), mask)
+
+
+@pytest.mark.parametrize("hears", [True, False])
+def test_a_dialogue_run_learns_public_replies(hears):
+    """Of the shipped job, with little noise, the loss on a public file falls from 5.6 to 4.3 nats in eight
+    steps. Broken on purpose: on noise alone, as in a run that hears nothing, it does not.
+
+    Four runs ended within 0.05 of each other; the bound is 0.6 away, so a false alarm is far below 1e-6.
+    """
+    few = ["training.noise_multiplier=0.5", "training.steps=8", "training.block=8"]
+    job = load(SweepJob, DIGITS.parent / "dialogue-lora.yaml", few).plain
+    trainer, _ = rehearsed(job)
+    public = PublicRecords(dialogues(job, job.evaluation.source))
+    private = dialogues(job, job.data.source, job.privacy.unit)
+    assert int(np.diff(private.offsets).max()) <= job.privacy.max_records_per_unit
+    if not hears:
+        private = replace(private, labels=torch.full_like(private.labels, -100))
+    before = exact(trainer.model, public, job.evaluation, trainer.rows)["clipped_loss"]
+    trainer.steps(private, 8)
+    after = exact(trainer.model, public, job.evaluation, trainer.rows)["clipped_loss"]
+    assert (after < before - 0.65) == hears
+
+
+@pytest.mark.parametrize("name", ["sentiment-lora", "dialogue-lora"])
+def test_the_shipped_jobs_fit_their_budget_and_their_model(name):
+    job = load(SweepJob, DIGITS.parent / f"{name}.yaml").plain
+    assert Path(job.data.source).is_file()
+    assert Path(job.evaluation.source).is_file()
+    epsilon, delta, charge = job.privacy.epsilon, job.privacy.delta, job.charges()[0]
+    order = choose(order_table(epsilon, delta, [charge], 1))
+    assert 2 <= budget_cost(epsilon, delta, order) / price(charge, order), "it and one more"
+    trainer, seen = rehearsed(job)
+    assert seen.parameters < 0.3 * sum(p.numel() for p in trainer.model.parameters())
