@@ -25,6 +25,7 @@ def markdown(said: Mapping[str, Any]) -> str:
     what = "A LoRA adapter" if adapter else "The weights of a model"
     if "lora" in model and not adapter:
         what += ", into which its LoRA adapter is merged,"
+    of_purser = ", a small model of random weights made by Purser" if made_here else ""
     lines = [
         "---",
         *([f"base_model: {model['path']}"] if _on_a_hub(model["path"]) else []),
@@ -38,8 +39,7 @@ def markdown(said: Mapping[str, Any]) -> str:
         f"# {said['run']}",
         "",
         f"{what} for {_TASKS[model['kind']].replace('-', ' ')} ({model['kind']}), trained by "
-        f"{said['training']['mechanism']} from {model['path']}"
-        + (", a small model of random weights made by Purser." if made_here else "."),
+        f"{said['training']['mechanism']} from {model['path']}{of_purser}.",
         "",
         "## How to load it",
         "",
