@@ -7,6 +7,7 @@ Code that comes with a model is never run, and a pickle is code.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ def build(job: Job) -> Any:
     Raises:
         UsageError: there is no such model, or the job asks of it what it cannot do, by the job's field.
     """
-    _quiet()
+    quiet()
     tokenizer = tokenizer_of(job.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
@@ -78,9 +79,11 @@ def save(model: Any, job: Job, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _quiet() -> None:
-    """The libraries tell, in tables, which weights are new; that is known."""
+def quiet() -> None:
+    """The libraries tell, in tables, which weights are new, and of each other's old names; that is known."""
     from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -102,10 +102,10 @@ def load_released(folder: Path, base: str | None = None) -> tuple[nn.Module, Pre
         GenerationConfig,
         PreTrainedTokenizerFast,
     )
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    from training.language import quiet
+
+    quiet()
     whole, adapted = str(folder), (folder / ADAPTER).is_file()
     if adapted:
         whole = _base(folder, base)
