@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import yaml
@@ -77,6 +79,7 @@ def test_the_contract_of_plan_and_budget(purser):
     one_sentence(purser("budget", "create", DIGITS), 2, "digits/train exists already")
 
 
+IRIS = Path(find_spec("sklearn").origin).parent / "datasets" / "data" / "iris.csv"
 BAD = {
     "an unknown key": (["training.noise_multipler=8"], ["training.noise_multipler", "noise_multiplier?"]),
     "an unknown section": (["trainin.steps=8"], ["trainin", "unknown"]),
@@ -90,7 +93,8 @@ BAD = {
     "delta too large": (["privacy.delta=1e-3"], ["privacy.delta", "1/units"]),
     "batch larger than the data": (["training.expected_batch_size=1500"], ["training.expected_batch_size", "1438"]),
     "no file": (["data.source=absent.csv"], ["data.source", "absent.csv"]),
-    "no column features": ([f"data.source={DIGITS}"], ["data.features"]),
+    "no table": ([f"data.source={DIGITS}"], ["data.source", "no file of a known format"]),
+    "no column features": ([f"data.source={IRIS}"], ["data.features"]),
     "a cnn without its image": (["model.kind=cnn", "model.image=[1, 3, 3]"], ["model.image"]),
     "a selection that learns": (["tuning.mode=select", "tuning.search=optuna"], ["tuning.search", "random"]),
     "a selection that halves": (["tuning.mode=select", "tuning.scheduler=asha"], ["tuning.scheduler", "none"]),

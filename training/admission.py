@@ -47,15 +47,15 @@ def source_of(books: Books, job: Job) -> str:
     from training import identity, sources
     from training.preparation import fingerprint_of
 
+    found, key = sources.private(job), books.source_key()
     image_of(job.model, declared(job.data))
-    key = books.source_key()
-    source = fingerprint_of(sources.private(job), key)
+    source = fingerprint_of(found, key)
     if job.evaluation.on == "validation":
         return source
     beside = sources.public(job)
-    found = identity.digests(beside)
-    beside.check_records(len(found))
-    public = identity.fingerprint(found, identity.in_order(found)[0], key)
+    digests = identity.digests(beside)
+    beside.check_records(len(digests))
+    public = identity.fingerprint(digests, identity.in_order(digests)[0], key)
     # No more than this can be checked: an answer about single records would tell who is in the data.
     if public == source or books.registered(public):
         raise UsageError(

@@ -19,7 +19,7 @@ from cluster.accounting.leases import Leases
 from cluster.accounting.ledger import Ledger
 from cluster.accounting.selection import quantile, repetitions_of
 from cluster.errors import UsageError
-from training import data
+from training import data, preparation, sources
 from training.admission import plans_of, what_would_fit
 from training.jobfile import load
 from tuning.config import SweepJob
@@ -204,8 +204,8 @@ def test_a_plan_touches_no_data(books, tmp_path, monkeypatch):
     def caught(*arguments):
         raise AssertionError("data was touched")
 
-    for name in ("read", "load", "declared", "fingerprint", "_read_text"):
-        monkeypatch.setattr(data, name, caught)
+    for room, name in ((data, "declared"), (sources, "find"), (sources.Source, "batches"), (preparation, "prepare")):
+        monkeypatch.setattr(room, name, caught)
     (tmp_path / "job.yaml").write_text(
         DIGITS.read_text().replace(
             "  source: sklearn:digits",
