@@ -166,7 +166,7 @@ def test_groups_that_gave_up_leave_the_rest_for_a_resume(home, monkeypatch, coun
             return answer
 
     monkeypatch.setitem(sys.modules, "ray", Ray())
-    outcome = select._groups(job, 8, "ledger", "lease", 1, home, lambda: paid)
+    outcome = select._groups(job, 8, "ledger", "lease", 1, home, home, lambda: paid)
     assert outcome.status == status
     assert outcome.why == ("worker: it failed" if status == FAILED else "")
 
