@@ -28,16 +28,6 @@ class ForgetsReservations(Leases):
         return Answer(not short, tuple(short))
 
 
-class MakesRoomAfterwards(Leases):
-    """Settles the lease whose place another takes in a transaction of its own, when it has decided already."""
-
-    def reserve(self, lease, by, charges, instead_of=None):
-        answer = super().reserve(lease, by, charges)
-        if instead_of is not None:
-            self.close(instead_of, "settle", f"it made room for {lease}")
-        return answer
-
-
 class NoFence(Leases):
     """Lets any process that knows the lease authorise, whatever its epoch."""
 

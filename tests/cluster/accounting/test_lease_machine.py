@@ -12,7 +12,6 @@ from broken import (
     ExpiresWithoutFence,
     ForgetsReservations,
     ForgetsWhoAsked,
-    MakesRoomAfterwards,
     NoFence,
     Refunds,
     TrustsMemo,
@@ -49,7 +48,6 @@ def test_random_lives_of_leases(module_places, soak):
 
 BROKEN = {
     ForgetsReservations: "more is spent and reserved than was granted",
-    MakesRoomAfterwards: "what was held back was not there|what was to make room still holds it",
     NoFence: "an attempt that is over was granted a block",
     Refunds: "refunded|totals of entry",
     ChargesTwice: "totals of entry",
