@@ -1,6 +1,5 @@
-"""A language model's whole voyage with real Ray: people's exchanges are prepared, adapters trained by two workers,
-judged on losses that are noised and charged, released as a folder that PEFT loads, and then free to write (P2, P13,
-P14). What one person wrote once, and nobody else, is in nothing that leaves."""
+"""A language model's whole voyage with real Ray: people's exchanges are prepared, adapters trained by a worker, judged
+on losses that are noised and charged, released as a folder that PEFT loads, and then free to write (P2, P13, P14). What one person wrote once, and nobody else, is in nothing that leaves."""
 
 from __future__ import annotations
 
@@ -18,6 +17,7 @@ privacy: {epsilon: 8.0, delta: 1e-3, unit: user, units: 60, max_records_per_unit
 data: {source: talks.csv, text: {column: reply, prompt: prompt, max_length: 48}}
 model: {kind: causal-lm, path: "tiny:llama", lora: {r: 4, target_modules: [q_proj, v_proj, o_proj]}}
 training:
+  workers: 1
   steps: 6
   block: 3
   expected_batch_size: 16
