@@ -194,7 +194,7 @@ def tune(
 @app.command()
 def generate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run or sweep by its name, or a release folder.")],
-    prompts: Annotated[Path, typer.Option(metavar="FILE", help="Public prompts: CSV, TSV or JSON lines.")],
+    prompts: Annotated[Path, typer.Option(metavar="FILE", help="Public prompts: CSV, TSV, JSON lines or Parquet.")],
     count: Annotated[int, typer.Option(metavar="N", help="Texts for each prompt.")] = 1,
     column: Annotated[str, typer.Option(metavar="COL", help="The column that holds the prompts.")] = "prompt",
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="The length of a text, at most.")] = 128,
@@ -229,7 +229,7 @@ def generate(
 @app.command()
 def embed(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run or sweep by its name, or a release folder.")],
-    texts: Annotated[Path, typer.Option(metavar="FILE", help="Public texts: CSV, TSV or JSON lines.")],
+    texts: Annotated[Path, typer.Option(metavar="FILE", help="Public texts: CSV, TSV, JSON lines or Parquet.")],
     column: Annotated[str, typer.Option(metavar="COL", help="The column that holds the texts.")] = "text",
     max_length: Annotated[int, typer.Option(metavar="N", help="Tokens of a text that are read.")] = 128,
     out: Annotated[Path, typer.Option(metavar="FILE", help="A .parquet file; none is overwritten.")] = Path(

@@ -244,6 +244,11 @@ class Evaluation(Section):
         return NOISE_MULTIPLIER_BOUNDS[1] / (LOSS_PARTS if self.metric == "loss" else 1)
 
     @property
+    def most(self) -> float:
+        """The largest figure that it can come to: 1, or for a loss its bound in nats."""
+        return self.loss_bound if self.metric == "loss" else 1.0
+
+    @property
     def measured(self) -> str:
         """What it releases, in words."""
         what = "clipped loss" if self.metric == "loss" else "accuracy"

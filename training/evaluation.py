@@ -135,10 +135,10 @@ def _groups(shard: Shard, evaluation: Evaluation) -> torch.Tensor:
 
 def _figures(evaluation: Evaluation, goodness: float, error: float) -> dict[str, float]:
     """Of a share of what is good, in [0, 1] but for noise: the accuracy, or the loss that the rest of it is."""
-    name, value, unit = "accuracy", min(1.0, max(0.0, goodness)), 1.0
+    name, value = "accuracy", min(1.0, max(0.0, goodness))
     if evaluation.metric == "loss":
-        name, value, unit = "clipped_loss", 1 - value, evaluation.loss_bound
-    return {name: unit * value, f"{name}_error": unit * min(1.0, error)}
+        name, value = "clipped_loss", 1 - value
+    return {name: evaluation.most * value, f"{name}_error": evaluation.most * min(1.0, error)}
 
 
 @torch.no_grad()

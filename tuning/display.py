@@ -169,7 +169,7 @@ def sweep_table(trials: Sequence[Trial], best: Trial | None, budget_cost: int) -
         "status",
         "steps",
         "cost",
-        _figure_name(trials),
+        trials[0].job.evaluation.metric if trials else "accuracy",
     ]
     columns = [Column(head, no_wrap=True) for head in heads]
     table = Table(*columns, title="The sweep", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
@@ -189,7 +189,3 @@ def sweep_table(trials: Sequence[Trial], best: Trial | None, budget_cost: int) -
             str(figure(trial.outcome.metrics) or ""),
         )
     return table
-
-
-def _figure_name(trials: Sequence[Trial]) -> str:
-    return "loss" if trials and trials[0].job.evaluation.metric == "loss" else "accuracy"

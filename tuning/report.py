@@ -235,10 +235,9 @@ def _figure(trials: Sequence[Trial], best: Trial | None, train: Account) -> Mark
     points = []
     for trial in trials:
         if (found := figure(trial.outcome.metrics)) and trial.charges:
-            most = trial.job.evaluation.loss_bound if trial.job.evaluation.metric == "loss" else 1.0
-            cost = trial.charges.cost
-            best_one = trial is best
-            points.append(Point(trial.number, cost, cost / train.budget_cost, found.value, found.error, best_one, most))
+            cost, most = trial.charges.cost, trial.job.evaluation.most
+            share = cost / train.budget_cost
+            points.append(Point(trial.number, cost, share, found.value, found.error, trial is best, most))
     if not points:
         return tag("p", "No trial released a metric, so there is nothing to draw.")
     evaluation = trials[0].job.evaluation
