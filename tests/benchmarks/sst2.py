@@ -38,7 +38,9 @@ SST2 = Path(__file__).resolve().parents[3] / "shared" / "data" / "sst2"
 LENGTH = 20  # tokens: nine in ten of such phrases are shorter
 DELTA = 1e-5
 
-# Chosen by the accuracy without privacy of a few steps and by what others report of LoRA under DP, not by dev at ε = 3.
+# Adapters where the label is read: the last layer's values, and the pooler, which no sentence encoder trained. Few
+# numbers then share the noise. Alpha is large, or the head's gradient fills the clipping norm. Found on dev, which is
+# public.
 JOB: dict[str, Any] = {
     "account": "sst2",
     "privacy": {"epsilon": 3.0, "delta": DELTA, "units": 60_614},
@@ -50,14 +52,14 @@ JOB: dict[str, Any] = {
     "model": {
         "kind": "sequence-classification",
         "path": os.environ.get("PURSER_MINILM", ""),
-        "lora": {"r": 8, "alpha": 16.0, "target_modules": ["query", "value"]},
+        "lora": {"r": 8, "alpha": 64.0, "target_modules": ["layer.5.attention.self.value", "pooler.dense"]},
     },
     "training": {
         "steps": 50,
-        "expected_batch_size": 512,
+        "expected_batch_size": 1024,
         "physical_batch_size": 256,
         "max_grad_norm": 1.0,
-        "optimizer": {"name": "adam", "learning_rate": 2e-3, "schedule": "linear"},
+        "optimizer": {"name": "adam", "learning_rate": 5e-3, "schedule": "linear"},
     },
 }
 

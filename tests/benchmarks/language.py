@@ -1,9 +1,10 @@
-"""What private preparation costs in time: `python -m tests.benchmarks.preparation [--quick] [--json]`.
+"""What language models cost more where they are private: `python -m tests.benchmarks.language [--quick] [--json]`.
 
 prepare_vs_bare     records per second of `preparation.prepare` on Ray Data, over those of a bare Ray Data pipeline:
                     medians over rounds of both, in one Ray session, in which each side is first in turn
 admitted_vs_bare    the same with the fingerprint before it, which the driver takes of a source that it has not seen yet
 prepare_s, fingerprint_s, bare_s   the medians, in seconds
+lora_memory_vs_nonprivate  peak memory of a process that takes LoRA steps, over plain torch's (see `engine`)
 
 One million short records (the text of a review in some 60 letters, a label) in 20 Parquet files; --quick takes 200,000
 and one round.
@@ -33,6 +34,7 @@ from cluster import environment
 from cluster.screen import Screen
 from cluster.session import local_ray
 from tests.benchmarks import main
+from tests.benchmarks.engine import memory
 from training.config import Job
 from training.encoding import Encoding
 from training.jobfile import parse
@@ -139,6 +141,7 @@ def measure(quick: bool) -> dict[str, float]:
         "prepare_s": mine,
         "fingerprint_s": mark,
         "bare_s": theirs,
+        "lora_memory_vs_nonprivate": memory(lora=True),
     }
 
 
