@@ -90,12 +90,15 @@ class Label(Section):
 class Text(Section):
     """The column that a language model reads, in `max_length` tokens: what is longer is cut, what is shorter is padded.
 
-    With `prompt`, a column that stands before it: a causal model sees it, and does not learn to say it.
+    With `prompt`, a column that stands before it: a causal model sees it, and does not learn to say it. With `packing`
+    of unit, records of one unit share a row of `max_length` tokens where they fit, each an example of its own; only
+    those that a causal model learns from.
     """
 
     column: str
     prompt: str | None = None
     max_length: Annotated[int, Field(ge=2, le=65_536)] = 128
+    packing: Literal["none", "unit"] = "none"
 
 
 class Data(Section):
@@ -299,6 +302,14 @@ class Job(Section):
                 raise ValueError("evaluation.metric: a causal model has no classes to be right about; write loss")
         elif data.text is not None and data.text.prompt:
             raise ValueError("data.text.prompt: it is for causal-lm; a classifier reads one column")
+        if data.text is not None and data.text.packing == "unit":
+            if model.kind != "causal-lm":
+                raise ValueError("data.text.packing: unit is for causal-lm; a classifier reads one record in a row")
+            if self.privacy.max_records_per_unit == 1:
+                raise ValueError(
+                    "data.text.packing: unit was given, and privacy.max_records_per_unit is 1; only records of one "
+                    "unit share a row, leave packing out"
+                )
         if self.release.target == "adapter" and model.lora is None:
             raise ValueError("release.target: adapter needs model.lora; leave target out, or write weights")
         return self

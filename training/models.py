@@ -34,7 +34,8 @@ def _of_text(job: Job) -> tuple[nn.Module, Inputs]:
     assert job.data.text is not None
     model = language.build(job)
     classes = len(job.data.label.categories) if job.data.label is not None else 0
-    return model, Inputs((job.data.text.max_length,), classes, model.get_input_embeddings().num_embeddings)
+    words = model.get_input_embeddings().num_embeddings
+    return model, Inputs((job.data.text.max_length,), classes, words, job.data.text.packing == "unit")
 
 
 def _of_table(job: Job) -> tuple[nn.Module, Inputs]:

@@ -4,7 +4,8 @@ Two passes. The first takes the source in, file by file: each record's text and 
 fingerprint, and of equal records the ordinals that tell them apart as units. The second takes so many pieces of that
 text, one by one or wherever `parallel` runs them: each record's keyed hashes say which partition is its place, and the
 records of one partition at a time become numbers in an uncompressed Arrow file. Then one index per partition puts
-records in the order of their units, and cuts units to their declared size.
+records in the order of their units, cuts units to their declared size, and where they are packed says which records of
+one unit share a row.
 
 Where a unit goes depends on its own identity and the dataset's hidden key alone: adding or removing one unit moves no
 other. A row's identity is its bytes and its ordinal among equal rows. A record without a unit (null or empty) is left
@@ -18,11 +19,12 @@ import contextlib
 import fcntl
 import hashlib
 import hmac
+import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ from training.encoding import Encoding
 
 MANIFEST = "manifest.json"  # of a prepared folder, written last
 INDEX = ("order", "offsets", "shares")  # of a partition, each a file of numbers
+ROWS = "rows"  # of a packed partition, one more: where each row begins in the order
 VERSION = 1  # of the files that are written
 LARGE = 2**20  # bytes of a source from which on it is worth other processes
 GREAT = 2**30  # from which on even taking it in, some 100 MB a second, is
@@ -270,10 +273,56 @@ def _index(recipe: Recipe, partition: str) -> dict[str, Any]:
     sizes = np.diff(np.append(begins, len(words)))
     kept = np.arange(len(words)) - np.repeat(begins, sizes) < recipe.job.privacy.max_records_per_unit
     sizes = np.minimum(sizes, recipe.job.privacy.max_records_per_unit)
-    arrays = order[kept].astype(np.int64), np.append(0, np.cumsum(sizes)).astype(np.int64), words[begins, 1]
-    for name, array in zip(INDEX, arrays, strict=True):
+    order, offsets = order[kept].astype(np.int64), np.append(0, np.cumsum(sizes)).astype(np.int64)
+    text = recipe.job.data.text
+    if partition == "train" and text is not None and text.packing == "unit":  # a model is judged record by record
+        again, rows, offsets = packed(_lengths(recipe, files)[order], offsets, text.max_length)
+        order = order[again]
+        np.save(recipe.draft / f"{partition}-{ROWS}.npy", rows)
+    for name, array in zip(INDEX, (order, offsets, words[begins, 1]), strict=True):
         np.save(recipe.draft / f"{partition}-{name}.npy", array)
     return {"files": files, "columns": {field.name: _kind(field.type) for field in recipe.encodings[partition].schema}}
+
+
+def _lengths(recipe: Recipe, files: Iterable[str]) -> np.ndarray:
+    """How many tokens each record has. Array: int64 [records]."""
+    found = [np.zeros(0, np.int64)]
+    for name in files:
+        file = pa.ipc.open_file(pa.memory_map(str(recipe.draft / name)))
+        found += [file.get_batch(i).column("length").to_numpy() for i in range(file.num_record_batches)]
+    return np.concatenate(found)
+
+
+def packed(lengths: np.ndarray, offsets: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Records of one unit into rows of `room` tokens: each into the first where it fits, or one of its own. How a unit
+    is packed depends on nothing but the lengths of its own records.
+
+    Args:
+        lengths: of the records in the order of their units, none above `room`. [records]
+        offsets: where each unit begins among them, and where the last ends. [units + 1]
+
+    Returns:
+        Arrays, int64: the records, those of a row together [records]; where each row begins among these, and the last
+        ends [rows + 1]; where each unit begins among the rows, and the last ends [units + 1].
+    """
+    order: list[int] = []
+    rows, units = [0], [0]
+    sizes, ends = lengths.tolist(), offsets.tolist()
+    for first, last in itertools.pairwise(ends):
+        mine: list[list[int]] = []
+        left: list[int] = []
+        for record in range(first, last):
+            at = next((i for i, room_left in enumerate(left) if sizes[record] <= room_left), len(mine))
+            if at == len(mine):
+                mine.append([])
+                left.append(room)
+            mine[at].append(record)
+            left[at] -= sizes[record]
+        for row in mine:
+            order += row
+            rows.append(len(order))
+        units.append(len(rows) - 1)
+    return np.array(order, np.int64), np.array(rows, np.int64), np.array(units, np.int64)
 
 
 def _kind(column: pa.DataType) -> tuple[str, int]:

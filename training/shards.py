@@ -23,7 +23,7 @@ from training.config import Job
 from training.encoding import Encoding
 from training.engine.objective import IGNORED
 from training.engine.sampling import Rows, Shard
-from training.preparation import INDEX, MANIFEST
+from training.preparation import INDEX, MANIFEST, ROWS
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,17 @@ class Prepared:
             UsageError: the folder does not hold what its manifest says.
         """
         order, offsets, shares = (np.load(self.folder / f"{partition}-{name}.npy", mmap_mode="r") for name in INDEX)
+        begins = self.folder / f"{partition}-{ROWS}.npy"
+        rows = np.load(begins, mmap_mode="r") if begins.exists() else None
         if world > 1:
-            mine = np.flatnonzero(shares % np.uint64(world) == rank)
-            first, sizes = offsets[mine], offsets[mine + 1] - offsets[mine]
-            offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-            order = order[np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], sizes)]
-        columns = self._columns(partition, order)
-        return shard_of(columns, np.array(offsets, dtype=np.int64), self.manifest["causal"])
+            chosen, offsets = _parts(offsets, np.flatnonzero(shares % np.uint64(world) == rank))
+            if rows is not None:
+                chosen, rows = _parts(rows, chosen)
+            order = order[chosen]
+        columns, offsets = self._columns(partition, order), np.array(offsets, dtype=np.int64)
+        if rows is not None:
+            return packed_shard(columns, np.array(rows, dtype=np.int64), offsets)
+        return shard_of(columns, offsets, self.manifest["causal"])
 
     def _columns(self, partition: str, order: np.ndarray) -> dict[str, Mapped]:
         facts = self.manifest["partitions"][partition]
@@ -76,6 +80,13 @@ class Prepared:
             name: Mapped([_values(batch.column(name)) for batch in batches], starts, order, width, np.dtype(kind))
             for name, (kind, width) in facts["columns"].items()
         }
+
+
+def _parts(offsets: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `which` of the parts between `offsets` hold, by number, and where each of them begins there, int64."""
+    first, sizes = offsets[which], offsets[which + 1] - offsets[which]
+    begins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    return np.arange(begins[-1]) + np.repeat(first - begins[:-1], sizes), begins
 
 
 def _values(column: pa.Array) -> np.ndarray:
@@ -139,6 +150,54 @@ def shard_of(columns: Mapping[str, Rows], offsets: np.ndarray, causal: bool) -> 
     features = Derived((ids,), torch.Tensor.long)
     labels = Derived((ids, length, prompt), _predicted) if causal else columns["label"]
     return Shard(features, labels, offsets, mask, groups)
+
+
+def packed_shard(columns: Mapping[str, Rows], rows: np.ndarray, offsets: np.ndarray) -> Shard:
+    """A shard whose rows hold several encoded records each, of one unit, one after the other.
+
+    Args:
+        rows: where each row begins among the records, and where the last ends. [rows + 1]
+        offsets: where each unit begins among the rows, and where the last ends. [units + 1]
+    """
+    ids, length, prompt = columns["ids"], columns["length"], columns["prompt"]
+    width = ids[:0].shape[1]
+    labels = Derived((ids, length, prompt), _predicted)
+    return Shard(
+        Joined(Derived((ids,), torch.Tensor.long), length, rows, 0),
+        Joined(labels, length, rows, IGNORED),
+        offsets,
+        Joined(Derived((length,), functools.partial(_mask, width=width)), length, rows, 0),
+        positions=Joined(Derived((length,), functools.partial(_places, width=width)), length, rows, 0),
+    )
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Rows of what `of` has for each token of several records [records, width], one record after the other, and then
+    `empty`. Row i has the records rows[i] to rows[i+1], of so many tokens as `length` says."""
+
+    of: Rows
+    length: Rows
+    rows: np.ndarray
+    empty: int
+
+    def __len__(self) -> int:
+        return len(self.rows) - 1
+
+    def __getitem__(self, which: torch.Tensor | slice) -> torch.Tensor:
+        chosen = np.arange(len(self))[which if isinstance(which, slice) else which.numpy()]
+        index, begins = _parts(self.rows, chosen)
+        records = torch.from_numpy(index)
+        values, length = self.of[records], self.length[records].long()
+        there = _mask(length, values.shape[1]).bool()
+        tokens = torch.cat([torch.zeros(1, dtype=torch.long), length.cumsum(0)])[torch.from_numpy(begins)].diff()
+        made = values.new_full((len(chosen), values.shape[1]), self.empty)
+        made[_mask(tokens, values.shape[1]).bool()] = values[there]  # row by row, token by token, in the same order
+        return made
+
+
+def _places(length: torch.Tensor, width: int) -> torch.Tensor:
+    return torch.arange(width).expand(len(length), -1)
 
 
 def _mask(length: torch.Tensor, width: int) -> torch.Tensor:

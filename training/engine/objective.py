@@ -16,7 +16,7 @@ def record_losses(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Cross-entropy of every record of `batch`, without its padding. Shape [records], fp32.
 
     Labels [rows] are classes. Labels [rows, length] are tokens: each is predicted from those before it, and a record's
-    loss is the mean over its own predicted tokens.
+    loss is the mean over its own predicted tokens. Where records share rows, a row's loss is the sum of theirs.
     """
     records = len(batch.unit)
     logits = logits_of(model, batch)[:records].float()
@@ -25,19 +25,29 @@ def record_losses(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
         return F.cross_entropy(logits, labels, reduction="none")
     wanted = labels[:, 1:]
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
-    return losses.sum(1) / (wanted != IGNORED).sum(1).clamp(min=1)
+    if batch.positions is None:
+        return losses.sum(1) / (wanted != IGNORED).sum(1).clamp(min=1)
+    begins = batch.positions[:records] == 0
+    record = begins.cumsum(1)[:, 1:]  # of the row, from 1
+    predicted = (wanted != IGNORED) & ~begins[:, 1:]  # a first token follows nothing of its own record
+    counts = batch.positions.new_zeros(records, losses.shape[1] + 2)
+    counts.scatter_add_(1, record, predicted.long())
+    return (losses * predicted / counts.gather(1, record).clamp(min=1)).sum(1)
 
 
 def in_one_shape(model: nn.Module, batch: MicroBatch, rows: int) -> MicroBatch:
-    """`batch`, of at most `rows` records, in the shape that all have. Where the model is given a mask there is a row of
-    padding in any case: transformers may take another kernel where no mask has a 0."""
-    return batch.padded(rows + (batch.mask is not None and not causal(model)))
+    """`batch`, of at most `rows` records, in the shape that all have. Where the model is given a mask, or makes one of
+    positions, there is a row of padding in any case: transformers may take another kernel where no mask has a 0, and
+    makes none where no positions begin anew."""
+    return batch.padded(rows + (batch.positions is not None or (batch.mask is not None and not causal(model))))
 
 
 def logits_of(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """What the model says of every row: a plain module's output, or a transformers model's logits."""
     if batch.mask is None:
         return model(batch.features)
+    if causal(model) and batch.positions is not None:  # with a cache, transformers looks at no positions: one record
+        return model(input_ids=batch.features, position_ids=batch.positions, use_cache=False).logits
     if causal(model):
         return model(input_ids=batch.features).logits
     return model(input_ids=batch.features, attention_mask=batch.mask).logits

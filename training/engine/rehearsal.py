@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,11 +26,12 @@ AGREEMENT = {"fp32": (1e-3, 1e-6), "bf16": (0.1, 1e-3)}
 @dataclass(frozen=True)
 class Inputs:
     """What the model takes, in public shapes: features of `shape` and labels below `classes`; or, with `vocabulary`,
-    `shape` = (length,) tokens, and labels of their own where classes is 0."""
+    `shape` = (length,) tokens, and labels of their own where classes is 0; `packed` where records share rows."""
 
     shape: tuple[int, ...]
     classes: int
     vocabulary: int = 0
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,14 @@ def synthetic(inputs: Inputs, unit: torch.Tensor, scale: float = 1.0) -> MicroBa
         features = (scale * torch.sin(12.9898 * numbers + 1)).float().view(records, *inputs.shape)
         return MicroBatch(features, labels, unit, units)
     tokens = ((numbers * 7919 + scale).long() % inputs.vocabulary).view(records, *inputs.shape)
-    return MicroBatch(tokens, labels if inputs.classes else tokens, unit, units, torch.ones_like(tokens))
+    batch = MicroBatch(tokens, labels if inputs.classes else tokens, unit, units, torch.ones_like(tokens))
+    return replace(batch, positions=_positions(*tokens.shape)) if inputs.packed else batch
+
+
+def _positions(rows: int, length: int) -> torch.Tensor:
+    """Of 1, 2, 3, 1, … records in a row: one that has a row to itself must not tell what others have."""
+    each = -(-length // (1 + torch.arange(rows) % 3))
+    return torch.arange(length) % each[:, None]
 
 
 def rehearse(trainer: PrivateTrainer, inputs: Inputs) -> Rehearsal:
@@ -159,7 +167,9 @@ def _check_non_finite(trainer: PrivateTrainer, inputs: Inputs) -> None:
 def _only(batch: MicroBatch, rows: torch.Tensor) -> MicroBatch:
     """The records of one unit, chosen by `rows` [records]."""
     mask = None if batch.mask is None else batch.mask[rows]
-    return MicroBatch(batch.features[rows], batch.labels[rows], torch.zeros(int(rows.sum()), dtype=torch.long), 1, mask)
+    positions = None if batch.positions is None else batch.positions[rows]
+    unit = torch.zeros(int(rows.sum()), dtype=torch.long)
+    return MicroBatch(batch.features[rows], batch.labels[rows], unit, 1, mask, positions)
 
 
 def _check_agreement(trainer: PrivateTrainer, batch: MicroBatch) -> None:

@@ -41,6 +41,8 @@ class Shard:
         offsets: int64 array [units + 1]; unit u owns records offsets[u] to offsets[u+1].
         groups: int64 tensor [records], which declared group each record is of; only where a model is judged.
         mask: int64 tensor [records, length], 1 where there is a token and 0 in the padding after them; None for tables.
+        positions: int64 tensor [records, length], of tokens that several records of one unit may share a row of: the
+            place of each in its own record. `records` are then rows wherever they are counted here. None elsewhere.
 
     Raises:
         UsageError: there is padding before a token: causal models are given no mask, and would read it. Only a tensor
@@ -52,6 +54,7 @@ class Shard:
     offsets: np.ndarray
     mask: Rows | None = None
     groups: Rows | None = None
+    positions: Rows | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.mask, torch.Tensor) and bool((self.mask[:, 1:] > self.mask[:, :-1]).any()):
@@ -70,7 +73,8 @@ class MicroBatch:
     """Whole units that go through the model at once.
 
     Attributes:
-        features, labels, mask: as a shard's, [rows, ...]: the records, and then padding up to a public number of rows.
+        features, labels, mask, positions: as a shard's, [rows, ...]: the records, and then padding up to a public
+            number of rows.
         unit: int64 [records], which unit each record is of, from 0; on the CPU.
         units: how many units there are.
     """
@@ -80,17 +84,21 @@ class MicroBatch:
     unit: torch.Tensor
     units: int
     mask: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """On `device`, but for `unit`."""
         mask = None if self.mask is None else self.mask.to(device)
-        return replace(self, features=self.features.to(device), labels=self.labels.to(device), mask=mask)
+        positions = None if self.positions is None else self.positions.to(device)
+        features, labels = self.features.to(device), self.labels.to(device)
+        return replace(self, features=features, labels=labels, mask=mask, positions=positions)
 
     def padded(self, rows: int) -> MicroBatch:
         """With rows of zeros after the records, whose loss nobody asks for: every micro-batch has one shape.
 
         Their mask is 1 but for its end: a row that attends to nothing would be NaN, and where every mask is 1
-        transformers may take another kernel.
+        transformers may take another kernel. Their positions are 0, each token a record of its own: transformers makes
+        no mask where no row of a batch has two records.
         """
         missing = rows - len(self.labels)
         if missing <= 0:
@@ -103,7 +111,9 @@ class MicroBatch:
         if mask is not None:
             mask = fill(mask, 1)
             mask[-missing:, -1] = 0
-        return replace(self, features=fill(self.features, 0), labels=fill(self.labels, 0), mask=mask)
+        positions = None if self.positions is None else fill(self.positions, 0)
+        features, labels = fill(self.features, 0), fill(self.labels, 0)
+        return replace(self, features=features, labels=labels, mask=mask, positions=positions)
 
 
 class PoissonSampler:
@@ -146,5 +156,6 @@ def micro_batches(shard: Shard, joined: np.ndarray, rows: int) -> Iterator[Micro
         index = torch.from_numpy(np.concatenate([np.arange(shard.offsets[u], shard.offsets[u + 1]) for u in chosen]))
         unit = torch.from_numpy(np.repeat(np.arange(last - first), sizes[first:last]))
         mask = None if shard.mask is None else shard.mask[index]
-        yield MicroBatch(shard.features[index], shard.labels[index], unit, last - first, mask)
+        positions = None if shard.positions is None else shard.positions[index]
+        yield MicroBatch(shard.features[index], shard.labels[index], unit, last - first, mask, positions)
         first = last
