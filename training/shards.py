@@ -159,15 +159,15 @@ def packed_shard(columns: Mapping[str, Rows], rows: np.ndarray, offsets: np.ndar
         rows: where each row begins among the records, and where the last ends. [rows + 1]
         offsets: where each unit begins among the rows, and where the last ends. [units + 1]
     """
-    ids, length, prompt = columns["ids"], columns["length"], columns["prompt"]
-    width = ids[:0].shape[1]
-    labels = Derived((ids, length, prompt), _predicted)
+    one, length = shard_of(columns, rows, causal=True), columns["length"]
+    assert one.mask is not None
+    places = Derived((length,), functools.partial(_places, width=one.features[:0].shape[1]))
     return Shard(
-        Joined(Derived((ids,), torch.Tensor.long), length, rows, 0),
-        Joined(labels, length, rows, IGNORED),
+        Joined(one.features, length, rows, 0),
+        Joined(one.labels, length, rows, IGNORED),
         offsets,
-        Joined(Derived((length,), functools.partial(_mask, width=width)), length, rows, 0),
-        positions=Joined(Derived((length,), functools.partial(_places, width=width)), length, rows, 0),
+        Joined(one.mask, length, rows, 0),
+        positions=Joined(places, length, rows, 0),
     )
 
 

@@ -111,19 +111,24 @@ def test_attention_across_records_is_seen(monkeypatch, name):
     assert gap(name) > 100 * SAME
 
 
+def token_losses(model, batch):
+    """The loss of every token but a row's first, whatever record it is of, and what was wanted there."""
+    logits = objective.logits_of(model, batch)[: len(batch.unit)].float()
+    wanted = batch.labels[: len(batch.unit), 1:]
+    lost = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"
+    )
+    return lost, wanted
+
+
 def test_a_loss_over_rows_is_seen(monkeypatch):
     """One mean over all that a row predicts: a record's weight would depend on what it shares the row with."""
     right = objective.record_losses
 
     def by_row(model, batch):
-        kept = batch.positions
-        if kept is None:
+        if batch.positions is None:
             return right(model, batch)
-        logits = objective.logits_of(model, batch)[: len(batch.unit)].float()
-        wanted = batch.labels[: len(batch.unit), 1:]
-        lost = torch.nn.functional.cross_entropy(
-            logits[:, :-1].transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"
-        )
+        lost, wanted = token_losses(model, batch)
         return lost.sum(1) / (wanted != IGNORED).sum(1).clamp(min=1)
 
     monkeypatch.setattr("training.engine.trainer.record_losses", by_row)
@@ -137,11 +142,7 @@ def test_a_token_predicted_across_records_is_seen(monkeypatch):
     def across(model, batch):
         if batch.positions is None:
             return right(model, batch)
-        logits = objective.logits_of(model, batch)[: len(batch.unit)].float()
-        wanted = batch.labels[: len(batch.unit), 1:]
-        lost = torch.nn.functional.cross_entropy(
-            logits[:, :-1].transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"
-        )
+        lost, wanted = token_losses(model, batch)
         record = (batch.positions[: len(batch.unit)] == 0).cumsum(1)[:, 1:]
         counts = torch.stack([((wanted != IGNORED) & (record == r)).sum(1) for r in range(1, 5)])
         return sum(((lost * (record == r)).sum(1) / counts[r - 1].clamp(min=1)) for r in range(1, 5))
