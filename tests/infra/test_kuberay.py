@@ -1,0 +1,330 @@
+"""The Kubernetes manifests: each kind by its strict schema, whatever they refer to is there, the ledger's URL is for
+the head alone. No cluster is needed; every check stands beside a manifest that is broken on purpose."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+import subprocess
+
+import pytest
+import yaml
+from manifests import INFRA, KUBERAY, at, documents, faults, keys, misspelt
+
+FILES = {file.relative_to(KUBERAY).as_posix(): file for file in sorted(KUBERAY.rglob("*.yaml"))}
+KUSTOMIZATIONS = {name: file for name, file in FILES.items() if file.name == "kustomization.yaml"}
+UNKNOWN = {"PodMonitor"}  # the Prometheus operator's: no schema of it is at hand
+OBJECTS = {
+    f"{name}: {document['kind']}": document
+    for name, file in FILES.items()
+    if name not in KUSTOMIZATIONS
+    for document in documents(file)
+}
+POD, WORKERS = ("template", "spec"), ("spec", "workerGroupSpecs")
+ANYTHING = {("apiVersion",), ("kind",), ("spec", "metadata", "account")}  # without the former it is no such object
+BY_SCHEMA = [name for name, document in OBJECTS.items() if document["kind"] not in UNKNOWN]
+
+
+def one(kind: str, name: str = "") -> dict:
+    """The object of that kind."""
+    (found,) = [d for d in OBJECTS.values() if d["kind"] == kind and name in d["metadata"]["name"]]
+    return copy.deepcopy(found)
+
+
+def pods(document: dict) -> dict[str, dict]:
+    """The pod templates of an object, by what they are for, with the labels that KubeRay adds."""
+    spec = document.get("spec", {})
+    if document["kind"] != "RayCluster":
+        return {document["metadata"]["name"]: spec["template"]} if "template" in spec else {}
+    groups = {"head": spec["headGroupSpec"], **{group["groupName"]: group for group in spec["workerGroupSpecs"]}}
+    made = {}
+    for name, group in groups.items():
+        added = {
+            "ray.io/cluster": document["metadata"]["name"],
+            "ray.io/node-type": "head" if name == "head" else "worker",
+            "ray.io/is-ray-node": "yes",
+        }
+        made[name] = {**group["template"], "metadata": {"labels": added}}
+    return made
+
+
+def all_pods(objects: list[dict]) -> dict[str, dict]:
+    """The pod templates of all objects."""
+    return {name: pod for document in objects for name, pod in pods(document).items()}
+
+
+# Schemas
+
+
+@pytest.mark.parametrize("name", BY_SCHEMA)
+def test_an_object_is_what_its_kind_may_be(name):
+    assert faults(OBJECTS[name]) == []
+
+
+@pytest.mark.parametrize("name", BY_SCHEMA)
+def test_each_key_that_is_misspelt_is_found(name):
+    document = OBJECTS[name]
+    paths = [path for path in keys(document) if path not in ANYTHING]
+    assert len(paths) > 5
+    unseen = [path for path in paths if f"'{path[-1]}x'" not in " ".join(faults(misspelt(document, path)))]
+    assert unseen == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "wrong"),
+    [
+        ("RayCluster", ("spec", "authOptions", "mode"), "tokens"),
+        ("RayCluster", ("spec", "networkPolicy", "mode"), "DenyIngress"),
+        ("RayCluster", ("spec", "autoscalerOptions", "version"), 2),
+        ("RayCluster", ("spec", "headGroupSpec", "rayStartParams", "num-cpus"), 0),
+        ("RayJob", ("spec", "backoffLimit"), "0"),
+        ("StatefulSet", ("spec", "replicas"), "1"),
+        ("NetworkPolicy", ("spec", "policyTypes"), "Ingress"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_found(kind, path, wrong):
+    document = one(kind)
+    assert faults(document) == []
+    at(document, path[:-1])[path[-1]] = wrong
+    assert faults(document) != []
+
+
+# References
+
+
+def made_by_hand() -> dict[str, set[str]]:
+    """The secrets that the README has commands for, with their keys."""
+    text = re.sub(r"\\\n\s*", " ", (INFRA / "README.md").read_text())
+    commands = re.findall(r"create secret generic (\S+)(.*)", text)
+    return {name: set(re.findall(r"--from-(?:literal|file)=([\w.-]+)=", rest)) for name, rest in commands}
+
+
+def wanted(objects: list[dict]) -> list[tuple[str, str, str]]:
+    """What pods refer to: (kind, name, key)."""
+    found = []
+    for pod in all_pods(objects).values():
+        for volume in pod["spec"].get("volumes", []):
+            if secret := volume.get("secret"):
+                found += [("secret", secret["secretName"], item["key"]) for item in secret["items"]]
+            if config := volume.get("configMap"):
+                found.append(("configMap", config["name"], ""))
+            if claim := volume.get("persistentVolumeClaim"):
+                found.append(("claim", claim["claimName"], ""))
+        for container in pod["spec"]["containers"]:
+            for variable in container.get("env", []):
+                if reference := variable.get("valueFrom", {}).get("secretKeyRef"):
+                    found.append(("secret", reference["name"], reference["key"]))
+    tokens = [d["spec"]["authOptions"]["secretName"] for d in objects if d["kind"] == "RayCluster"]
+    return found + [("secret", name, "auth_token") for name in tokens]  # the key is KubeRay's
+
+
+def dangling(objects: list[dict]) -> list[str]:
+    """Whatever is referred to and not there: secrets, config maps, claims, volumes."""
+    secrets = made_by_hand()
+    claims = {d["metadata"]["name"] for d in objects if d["kind"] == "PersistentVolumeClaim"}
+    generated = {
+        made["name"] for file in KUSTOMIZATIONS.values() for made in documents(file)[0].get("configMapGenerator", [])
+    }
+    there = {"claim": claims, "configMap": generated, "secret": set(secrets)}
+    found = [
+        f"{kind} {name} {key}".strip()
+        for kind, name, key in wanted(objects)
+        if name not in there[kind] or (kind == "secret" and key not in secrets[name])
+    ]
+    for document in objects:
+        own = {claim["metadata"]["name"] for claim in document.get("spec", {}).get("volumeClaimTemplates", [])}
+        for name, pod in pods(document).items():
+            volumes = {volume["name"] for volume in pod["spec"].get("volumes", [])} | own
+            mounts = [mount["name"] for c in pod["spec"]["containers"] for mount in c.get("volumeMounts", [])]
+            found += [f"volume {mount} of {name}" for mount in mounts if mount not in volumes]
+    return found
+
+
+def test_whatever_is_referred_to_is_made():
+    assert dangling(list(OBJECTS.values())) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        ("RayCluster", ("spec", "authOptions", "secretName")),
+        ("RayCluster", ("spec", "headGroupSpec", *POD, "volumes", 1, "secret", "items", 0, "key")),
+        ("RayCluster", (*WORKERS, 0, *POD, "volumes", 0, "persistentVolumeClaim", "claimName")),
+        ("RayCluster", (*WORKERS, 1, *POD, "containers", 0, "volumeMounts", 0, "name")),
+        ("StatefulSet", ("spec", "volumeClaimTemplates", 0, "metadata", "name")),
+        ("StatefulSet", ("spec", *POD, "volumes", 0, "configMap", "name")),
+        ("Job", ("spec", *POD, "containers", 0, "env", 0, "valueFrom", "secretKeyRef", "name")),
+    ],
+)
+def test_what_is_not_made_is_found(kind, path):
+    objects = copy.deepcopy(list(OBJECTS.values()))
+    (document,) = [d for d in objects if d["kind"] == kind]
+    at(document, path[:-1])[path[-1]] = "nobody"
+    assert dangling(objects) != []
+
+
+def test_secrets_that_are_made_are_used():
+    used = {(name, key) for kind, name, key in wanted(list(OBJECTS.values())) if kind == "secret"}
+    assert used == {(name, key) for name, of in made_by_hand().items() for key in of}
+
+
+def selected(selector: dict, objects: list[dict]) -> set[str]:
+    """The pods that a selector means."""
+    return {
+        name
+        for name, pod in all_pods(objects).items()
+        if selector.items() <= pod.get("metadata", {}).get("labels", {}).items()
+    }
+
+
+def test_selectors_mean_the_pods_they_are_for():
+    objects = list(OBJECTS.values())
+    assert selected(one("Service")["spec"]["selector"], objects) == {"purser-ledger"}
+    assert selected(one("StatefulSet")["spec"]["selector"]["matchLabels"], objects) == {"purser-ledger"}
+    assert selected(one("PodMonitor")["spec"]["selector"]["matchLabels"], objects) == {"head", "cpu", "gpu"}
+    assert one("RayJob")["spec"]["clusterSelector"]["ray.io/cluster"] == one("RayCluster")["metadata"]["name"]
+    assert one("StatefulSet")["spec"]["serviceName"] == one("Service")["metadata"]["name"]
+
+
+def test_metrics_are_scraped_where_they_are_and_let_through():
+    (endpoint,) = one("PodMonitor")["spec"]["podMetricsEndpoints"]
+    cluster = one("RayCluster")
+    for name, pod in pods(cluster).items():
+        (port,) = [p for p in pod["spec"]["containers"][0]["ports"] if p["name"] == endpoint["port"]]
+        rules = cluster["spec"]["networkPolicy"]["head" if name == "head" else "worker"]["ingressRules"]
+        assert port["containerPort"] in [open_["port"] for rule in rules for open_ in rule["ports"]]
+
+
+# The ledger
+
+
+def reach_the_ledger(policy: dict, objects: list[dict]) -> set[str]:
+    """The pods that the policy lets in."""
+    peers = [peer for rule in policy["spec"]["ingress"] for peer in rule["from"]]
+    assert all(set(peer) == {"podSelector"} for peer in peers)  # of this namespace, by their labels
+    return set().union(*(selected(peer["podSelector"]["matchLabels"], objects) for peer in peers))
+
+
+def test_only_the_head_and_the_job_that_makes_it_reach_the_ledger():
+    objects, policy = list(OBJECTS.values()), one("NetworkPolicy")
+    assert selected(policy["spec"]["podSelector"]["matchLabels"], objects) == {"purser-ledger"}
+    assert "Ingress" in policy["spec"]["policyTypes"]
+    assert reach_the_ledger(policy, objects) == {"head", "purser-ledger-init"}
+    del policy["spec"]["ingress"][0]["from"][0]["podSelector"]["matchLabels"]["ray.io/node-type"]
+    assert reach_the_ledger(policy, objects) == {"head", "cpu", "gpu", "purser-ledger-init"}
+
+
+def holders(objects: list[dict]) -> dict[str, set[str]]:
+    """Who is given a ledger's URL, and by which secret; and whose processes inherit it as a variable."""
+    found: dict[str, set[str]] = {}
+    for name, pod in all_pods(objects).items():
+        for volume in pod["spec"].get("volumes", []):
+            secret = volume.get("secret", {})
+            if "url" in [item["key"] for item in secret.get("items", [])]:
+                found.setdefault(name, set()).add(f"file {secret['secretName']}")
+        for container in pod["spec"]["containers"]:
+            for variable in container.get("env", []):
+                if variable["name"] == "PURSER_LEDGER":
+                    found.setdefault(name, set()).add(f"variable {variable['valueFrom']['secretKeyRef']['name']}")
+    return found
+
+
+def test_the_ledgers_url_is_the_heads_alone_and_no_variable_of_it():
+    objects = copy.deepcopy(list(OBJECTS.values()))
+    right = {"head": {"file purser-ledger"}, "purser-ledger-init": {"variable purser-ledger-owner"}}
+    assert holders(objects) == right
+    (cluster,) = [d for d in objects if d["kind"] == "RayCluster"]
+    given = {"name": "PURSER_LEDGER", "valueFrom": {"secretKeyRef": {"name": "purser-ledger", "key": "url"}}}
+    cluster["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["env"].append(given)
+    assert holders(objects) != right  # workers share one list: an alias in the file
+
+
+# The cluster
+
+
+def test_the_cluster_wants_its_token_in_every_container():
+    cluster = one("RayCluster")
+    assert cluster["spec"]["authOptions"]["mode"] == "token"
+    for pod in pods(cluster).values():
+        for container in pod["spec"]["containers"]:
+            assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
+
+
+def test_nobody_runs_as_root():
+    bounded = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    for name, pod in all_pods(list(OBJECTS.values())).items():
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True, name
+        assert pod["spec"]["securityContext"]["runAsUser"] > 0, name
+        for container in pod["spec"]["containers"]:
+            assert container["securityContext"] == bounded, name
+
+
+def test_purser_home_is_one_shared_volume_on_all_nodes():
+    assert one("PersistentVolumeClaim")["spec"]["accessModes"] == ["ReadWriteMany"]
+    for pod in pods(one("RayCluster")).values():
+        (container,) = pod["spec"]["containers"]
+        (home,) = [variable["value"] for variable in container["env"] if variable["name"] == "PURSER_HOME"]
+        (volume,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == home]
+        (claim,) = [v["persistentVolumeClaim"] for v in pod["spec"]["volumes"] if v["name"] == volume]
+        assert claim == {"claimName": one("PersistentVolumeClaim")["metadata"]["name"]}
+
+
+def test_a_job_runs_once_off_the_head_and_leaves_the_cluster():
+    job = one("RayJob")["spec"]
+    assert job["backoffLimit"] == 0
+    assert job["entrypointNumCpus"] > 0
+    assert job["shutdownAfterJobFinishes"] is False
+    assert one("RayCluster")["spec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+# Kustomize
+
+
+@pytest.mark.parametrize("name", KUSTOMIZATIONS)
+def test_a_kustomization_names_what_is_there(name):
+    folder = KUSTOMIZATIONS[name].parent
+    (document,) = documents(KUSTOMIZATIONS[name])
+    files = [file for made in document.get("configMapGenerator", []) for file in made["files"]]
+    named = document.get("resources", []) + document.get("components", []) + files
+    assert [entry for entry in named if not (folder / entry).exists()] == []
+
+
+def test_every_object_belongs_to_a_kustomization_or_is_applied_by_hand():
+    named = {
+        (file.parent / entry).resolve()
+        for file in KUSTOMIZATIONS.values()
+        for entry in documents(file)[0].get("resources", [])
+    }
+    loose = {name for name, file in FILES.items() if name not in KUSTOMIZATIONS and file.resolve() not in named}
+    assert loose == {"monitoring/podmonitor.yaml"}
+    assert "infra/kuberay/monitoring/podmonitor.yaml" in (INFRA / "README.md").read_text()
+
+
+def kustomize(folder: object) -> list[dict]:
+    """What would be applied."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed; with it the kustomizations are built")
+    ended = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return list(yaml.safe_load_all(ended.stdout))
+
+
+def test_what_is_applied_is_valid_has_one_namespace_and_one_image():
+    built = [d for part in (".", "setup", "job") for d in kustomize(KUBERAY / part)]
+    assert {d["kind"] for d in built} == {d["kind"] for d in OBJECTS.values()} - UNKNOWN | {"ConfigMap"}
+    assert [fault for document in built for fault in faults(document)] == []
+    assert {document["metadata"]["namespace"] for document in built} == {"purser"}
+    images = {container["image"] for pod in all_pods(built).values() for container in pod["spec"]["containers"]}
+    assert images == {"purser:0.1.0", "postgres:17"}
+    (roles,) = [d for d in built if d["kind"] == "ConfigMap"]
+    assert roles["data"]["roles.sh"] == (KUBERAY / "ledger" / "roles.sh").read_text()
+
+
+def test_a_misspelt_key_of_a_kustomization_is_found(tmp_path):
+    shutil.copytree(KUBERAY, tmp_path / "kuberay")
+    assert kustomize(tmp_path / "kuberay" / "job")
+    file = tmp_path / "kuberay" / "job" / "kustomization.yaml"
+    file.write_text(file.read_text().replace("components:", "component:"))
+    with pytest.raises(AssertionError, match="component"):
+        kustomize(tmp_path / "kuberay" / "job")
