@@ -143,6 +143,9 @@ def test_paths_in_the_readme_are_there():
     named |= {f"infra/{name}" for name in re.findall(r"`([a-z]+/[\w./-]*)`", README) if name != "tests/infra"}
     made = {"infra/compose/secrets/ray-token", "infra/compose/secrets/grafana-password"}
     assert len(named) > 12
+    in_image = {f"infra/{name}" for name in re.findall(r"/opt/purser/(jobs/[\w.-]+)", ALL)}
+    assert in_image == {"infra/jobs/digits.yaml"}
+    named |= in_image
     assert [name for name in sorted(named - made) if not (REPOSITORY / name).exists()] == []
 
 

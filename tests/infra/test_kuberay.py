@@ -21,6 +21,10 @@ OBJECTS = {
     if name not in KUSTOMIZATIONS
     for document in documents(file)
 }
+NAMESPACES = {file.parent.name: documents(file)[0].get("namespace") for file in KUSTOMIZATIONS.values()}
+for _name, _document in OBJECTS.items():  # as kustomize, or `kubectl -n purser`, does
+    _document["metadata"]["namespace"] = NAMESPACES.get(_name.partition("/")[0], "purser")
+SPACE, LEDGER = "kubernetes.io/metadata.name", "purser-ledger"
 POD, WORKERS = ("template", "spec"), ("spec", "workerGroupSpecs")
 ANYTHING = {("apiVersion",), ("kind",), ("spec", "metadata", "account")}  # without the former it is no such object
 BY_SCHEMA = [name for name, document in OBJECTS.items() if document["kind"] not in UNKNOWN]
@@ -30,6 +34,11 @@ def one(kind: str, name: str = "") -> dict:
     """The object of that kind."""
     (found,) = [d for d in OBJECTS.values() if d["kind"] == kind and name in d["metadata"]["name"]]
     return copy.deepcopy(found)
+
+
+def identity(document: dict) -> str:
+    """NAMESPACE/NAME."""
+    return f"{document['metadata']['namespace']}/{document['metadata']['name']}"
 
 
 def pods(document: dict) -> dict[str, dict]:
@@ -94,37 +103,42 @@ def test_a_value_of_the_wrong_kind_is_found(kind, path, wrong):
 
 
 def made_by_hand() -> dict[str, set[str]]:
-    """The secrets that the README has commands for, with their keys."""
+    """The secrets that the README has commands for, as NAMESPACE/NAME, with their keys."""
     text = re.sub(r"\\\n\s*", " ", (INFRA / "README.md").read_text())
-    commands = re.findall(r"create secret generic (\S+)(.*)", text)
-    return {name: set(re.findall(r"--from-(?:literal|file)=([\w.-]+)=", rest)) for name, rest in commands}
+    commands = re.findall(r"kubectl -n (\S+) create secret generic (\S+)(.*)", text)
+    return {f"{space}/{name}": set(re.findall(r"--from-literal=(\w+)=", rest)) for space, name, rest in commands}
 
 
 def wanted(objects: list[dict]) -> list[tuple[str, str, str]]:
-    """What pods refer to: (kind, name, key)."""
+    """What pods refer to: (kind, NAMESPACE/NAME, key)."""
     found = []
-    for pod in all_pods(objects).values():
-        for volume in pod["spec"].get("volumes", []):
-            if secret := volume.get("secret"):
-                found += [("secret", secret["secretName"], item["key"]) for item in secret["items"]]
-            if config := volume.get("configMap"):
-                found.append(("configMap", config["name"], ""))
-            if claim := volume.get("persistentVolumeClaim"):
-                found.append(("claim", claim["claimName"], ""))
-        for container in pod["spec"]["containers"]:
-            for variable in container.get("env", []):
-                if reference := variable.get("valueFrom", {}).get("secretKeyRef"):
-                    found.append(("secret", reference["name"], reference["key"]))
-    tokens = [d["spec"]["authOptions"]["secretName"] for d in objects if d["kind"] == "RayCluster"]
-    return found + [("secret", name, "auth_token") for name in tokens]  # the key is KubeRay's
+    for document in objects:
+        space = document["metadata"]["namespace"]
+        for pod in pods(document).values():
+            for volume in pod["spec"].get("volumes", []):
+                if secret := volume.get("secret"):
+                    found += [("secret", f"{space}/{secret['secretName']}", item["key"]) for item in secret["items"]]
+                if config := volume.get("configMap"):
+                    found.append(("configMap", f"{space}/{config['name']}", ""))
+                if claim := volume.get("persistentVolumeClaim"):
+                    found.append(("claim", f"{space}/{claim['claimName']}", ""))
+            for container in pod["spec"]["containers"]:
+                for variable in container.get("env", []):
+                    if reference := variable.get("valueFrom", {}).get("secretKeyRef"):
+                        found.append(("secret", f"{space}/{reference['name']}", reference["key"]))
+        if document["kind"] == "RayCluster":  # the key is KubeRay's
+            found.append(("secret", f"{space}/{document['spec']['authOptions']['secretName']}", "auth_token"))
+    return found
 
 
 def dangling(objects: list[dict]) -> list[str]:
     """Whatever is referred to and not there: secrets, config maps, claims, volumes."""
     secrets = made_by_hand()
-    claims = {d["metadata"]["name"] for d in objects if d["kind"] == "PersistentVolumeClaim"}
+    claims = {identity(d) for d in objects if d["kind"] == "PersistentVolumeClaim"}
     generated = {
-        made["name"] for file in KUSTOMIZATIONS.values() for made in documents(file)[0].get("configMapGenerator", [])
+        f"{NAMESPACES[file.parent.name]}/{made['name']}"
+        for file in KUSTOMIZATIONS.values()
+        for made in documents(file)[0].get("configMapGenerator", [])
     }
     there = {"claim": claims, "configMap": generated, "secret": set(secrets)}
     found = [
@@ -169,20 +183,22 @@ def test_secrets_that_are_made_are_used():
     assert used == {(name, key) for name, of in made_by_hand().items() for key in of}
 
 
-def selected(selector: dict, objects: list[dict]) -> set[str]:
-    """The pods that a selector means."""
+def selected(selector: dict, objects: list[dict], space: str) -> set[str]:
+    """The pods of a namespace that a selector means."""
+    there = [document for document in objects if document["metadata"]["namespace"] == space]
     return {
         name
-        for name, pod in all_pods(objects).items()
+        for name, pod in all_pods(there).items()
         if selector.items() <= pod.get("metadata", {}).get("labels", {}).items()
     }
 
 
 def test_selectors_mean_the_pods_they_are_for():
     objects = list(OBJECTS.values())
-    assert selected(one("Service")["spec"]["selector"], objects) == {"purser-ledger"}
-    assert selected(one("StatefulSet")["spec"]["selector"]["matchLabels"], objects) == {"purser-ledger"}
-    assert selected(one("PodMonitor")["spec"]["selector"]["matchLabels"], objects) == {"head", "cpu", "gpu"}
+    assert selected(one("Service")["spec"]["selector"], objects, LEDGER) == {"purser-ledger"}
+    assert selected(one("StatefulSet")["spec"]["selector"]["matchLabels"], objects, LEDGER) == {"purser-ledger"}
+    assert selected(one("PodMonitor")["spec"]["selector"]["matchLabels"], objects, "purser") == {"head", "cpu", "gpu"}
+    assert one("PodMonitor")["metadata"]["namespace"] == one("RayCluster")["metadata"]["namespace"] == "purser"
     assert one("RayJob")["spec"]["clusterSelector"]["ray.io/cluster"] == one("RayCluster")["metadata"]["name"]
     assert one("StatefulSet")["spec"]["serviceName"] == one("Service")["metadata"]["name"]
 
@@ -201,14 +217,17 @@ def test_metrics_are_scraped_where_they_are_and_let_through():
 
 def reach_the_ledger(policy: dict, objects: list[dict]) -> set[str]:
     """The pods that the policy lets in."""
-    peers = [peer for rule in policy["spec"]["ingress"] for peer in rule["from"]]
-    assert all(set(peer) == {"podSelector"} for peer in peers)  # of this namespace, by their labels
-    return set().union(*(selected(peer["podSelector"]["matchLabels"], objects) for peer in peers))
+    found: set[str] = set()
+    for peer in [peer for rule in policy["spec"]["ingress"] for peer in rule["from"]]:
+        spaces = peer.get("namespaceSelector", {"matchLabels": {SPACE: policy["metadata"]["namespace"]}})["matchLabels"]
+        assert set(spaces) == {SPACE}  # one namespace, by its name
+        found |= selected(peer["podSelector"]["matchLabels"], objects, spaces[SPACE])
+    return found
 
 
 def test_only_the_head_and_the_job_that_makes_it_reach_the_ledger():
     objects, policy = list(OBJECTS.values()), one("NetworkPolicy")
-    assert selected(policy["spec"]["podSelector"]["matchLabels"], objects) == {"purser-ledger"}
+    assert selected(policy["spec"]["podSelector"]["matchLabels"], objects, LEDGER) == {"purser-ledger"}
     assert "Ingress" in policy["spec"]["policyTypes"]
     assert reach_the_ledger(policy, objects) == {"head", "purser-ledger-init"}
     del policy["spec"]["ingress"][0]["from"][0]["podSelector"]["matchLabels"]["ray.io/node-type"]
@@ -238,6 +257,20 @@ def test_the_ledgers_url_is_the_heads_alone_and_no_variable_of_it():
     given = {"name": "PURSER_LEDGER", "valueFrom": {"secretKeyRef": {"name": "purser-ledger", "key": "url"}}}
     cluster["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["env"].append(given)
     assert holders(objects) != right  # workers share one list: an alias in the file
+
+
+def test_the_owners_password_is_in_another_namespace_than_the_cluster():
+    owners = {name for _, name, _ in wanted(list(OBJECTS.values())) if "owner" in name}
+    assert owners == {"purser-ledger/purser-ledger-owner"}
+    urls = re.findall(r"postgresql://(\w+):\S+@(\S+)/(\w+)", (INFRA / "README.md").read_text())
+    environment = {
+        v["name"]: v["value"] for v in one("StatefulSet")["spec"]["template"]["spec"]["containers"][0]["env"]
+    }
+    assert {(role, books) for role, _, books in urls} == {
+        (environment["POSTGRES_USER"], environment["POSTGRES_DB"]),
+        ("purser_service", environment["POSTGRES_DB"]),
+    }
+    assert f"host={one('Service')['metadata']['name']}.{LEDGER}" in (INFRA / "README.md").read_text()
 
 
 # The cluster
@@ -310,11 +343,13 @@ def kustomize(folder: object) -> list[dict]:
     return list(yaml.safe_load_all(ended.stdout))
 
 
-def test_what_is_applied_is_valid_has_one_namespace_and_one_image():
+def test_what_is_applied_is_valid_in_its_namespace_and_has_one_image():
     built = [d for part in (".", "setup", "job") for d in kustomize(KUBERAY / part)]
     assert {d["kind"] for d in built} == {d["kind"] for d in OBJECTS.values()} - UNKNOWN | {"ConfigMap"}
     assert [fault for document in built for fault in faults(document)] == []
-    assert {document["metadata"]["namespace"] for document in built} == {"purser"}
+    assert {identity(document) for document in built if document["kind"] != "ConfigMap"} == {
+        identity(document) for document in OBJECTS.values() if document["kind"] not in UNKNOWN
+    }
     images = {container["image"] for pod in all_pods(built).values() for container in pod["spec"]["containers"]}
     assert images == {"purser:0.1.0", "postgres:17"}
     (roles,) = [d for d in built if d["kind"] == "ConfigMap"]
