@@ -188,27 +188,50 @@ def test_only_the_head_and_the_service_that_makes_it_reach_the_ledger(compose):
     assert "worker" in near_the_ledger(compose)
 
 
-def test_a_ledgers_url_is_the_heads_alone_and_no_variable():
-    holders = {
-        secret: {name for name, service in COMPOSE["services"].items() if secret in service.get("secrets", [])}
-        for secret in ("service-url", "owner-url", "ray-token")
-    }
-    assert holders == {"service-url": {"head"}, "owner-url": {"init"}, "ray-token": RAY}
-    assert all("PURSER_LEDGER" not in service.get("environment", {}) for service in COMPOSE["services"].values())
-
-
-def test_ray_wants_its_token_and_runs_with_no_rights_of_root():
+def unsafe(document: dict) -> list[str]:
+    """Secrets in wrong hands, Ray without its token or with rights it does not need, a ledger that is made unasked."""
+    services, found = document["services"], []
+    right = {"service-url": {"head"}, "owner-url": {"init"}, "ray-token": RAY, "owner-password": {"ledger"}}
+    for secret, holders in right.items():
+        if {name for name, service in services.items() if secret in service.get("secrets", [])} != holders:
+            found.append(f"{secret} is held by others")
+    for name, service in services.items():
+        if "PURSER_LEDGER" in service.get("environment", {}):
+            found.append(f"{name}: whatever runs there inherits the ledger's URL")
+        if "init" in service.get("depends_on", {}):
+            found.append(f"{name}: the ledger is made unasked")
     for name in (*RAY, "init"):
-        service = COMPOSE["services"][name]
-        assert service["environment"]["RAY_AUTH_MODE"] == "token"
-        assert (service["cap_drop"], service["security_opt"]) == (["ALL"], ["no-new-privileges:true"])
-        assert "user" not in service  # the image's, which is not root
+        if services[name]["environment"].get("RAY_AUTH_MODE") != "token":
+            found.append(f"{name}: Ray wants no token")
+        rights = services[name].get("cap_drop"), services[name].get("security_opt"), services[name].get("user")
+        if rights != (["ALL"], ["no-new-privileges:true"], None):  # the user is the image's
+            found.append(f"{name}: more rights than it needs")
+    if (services["init"].get("profiles"), services["init"]["restart"]) != (["setup"], "no"):
+        found.append("the ledger is made unasked")
+    return found
 
 
-def test_the_ledger_is_made_by_hand_only():
-    assert [name for name, service in COMPOSE["services"].items() if "profiles" in service] == ["init"]
-    assert all("init" not in service.get("depends_on", {}) for service in COMPOSE["services"].values())
-    assert COMPOSE["services"]["init"]["restart"] == "no"
+def test_nothing_runs_in_a_way_that_it_must_not():
+    assert unsafe(COMPOSE) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        (("services", "worker", "secrets"), ["ray-token", "service-url"]),
+        (("services", "prometheus", "secrets"), ["ray-token"]),
+        (("services", "head", "environment", "PURSER_LEDGER"), "sqlite:////purser/ledger.db"),
+        (("services", "worker", "environment", "RAY_AUTH_MODE"), "disabled"),
+        (("services", "worker", "user"), "root"),
+        (("services", "head", "cap_drop"), []),
+        (("services", "head", "depends_on", "init"), {"condition": "service_completed_successfully"}),
+        (("services", "init", "profiles"), []),
+        (("services", "init", "restart"), "always"),
+    ],
+)
+def test_what_runs_in_such_a_way_is_found(compose, path, wrong):
+    at(compose, path[:-1])[path[-1]] = wrong
+    assert unsafe(compose) != []
 
 
 # make-secrets.sh

@@ -276,39 +276,63 @@ def test_the_owners_password_is_in_another_namespace_than_the_cluster():
 # The cluster
 
 
-def test_the_cluster_wants_its_token_in_every_container():
-    cluster = one("RayCluster")
-    assert cluster["spec"]["authOptions"]["mode"] == "token"
-    for pod in pods(cluster).values():
-        for container in pod["spec"]["containers"]:
-            assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
-
-
-def test_nobody_runs_as_root():
-    bounded = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-    for name, pod in all_pods(list(OBJECTS.values())).items():
-        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True, name
-        assert pod["spec"]["securityContext"]["runAsUser"] > 0, name
-        for container in pod["spec"]["containers"]:
-            assert container["securityContext"] == bounded, name
-
-
-def test_purser_home_is_one_shared_volume_on_all_nodes():
-    assert one("PersistentVolumeClaim")["spec"]["accessModes"] == ["ReadWriteMany"]
-    for pod in pods(one("RayCluster")).values():
+def unsafe(objects: list[dict]) -> list[str]:
+    """Whatever would run without the token, as root, beside the ledger, on a folder of its own, or more than once."""
+    (cluster,) = [d for d in objects if d["kind"] == "RayCluster"]
+    (job,) = [d["spec"] for d in objects if d["kind"] == "RayJob"]
+    claims = {d["metadata"]["name"]: d["spec"]["accessModes"] for d in objects if d["kind"] == "PersistentVolumeClaim"}
+    found = [] if cluster["spec"]["authOptions"]["mode"] == "token" else ["the cluster wants no token"]
+    for name, pod in pods(cluster).items():
         (container,) = pod["spec"]["containers"]
-        (home,) = [variable["value"] for variable in container["env"] if variable["name"] == "PURSER_HOME"]
-        (volume,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == home]
-        (claim,) = [v["persistentVolumeClaim"] for v in pod["spec"]["volumes"] if v["name"] == volume]
-        assert claim == {"claimName": one("PersistentVolumeClaim")["metadata"]["name"]}
+        environment = {variable["name"]: variable.get("value") for variable in container["env"]}
+        if environment.get("RAY_AUTH_MODE") != "token":
+            found.append(f"{name}: Ray wants no token")
+        mounted = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume.get("persistentVolumeClaim") for volume in pod["spec"]["volumes"]}
+        claim = volumes.get(mounted.get(environment.get("PURSER_HOME", ""), "")) or {}
+        if claims.get(claim.get("claimName")) != ["ReadWriteMany"]:
+            found.append(f"{name}: PURSER_HOME is on no shared volume")
+    bounded = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    for name, pod in all_pods(objects).items():
+        who = pod["spec"]["securityContext"]
+        boxes = [container["securityContext"] for container in pod["spec"]["containers"]]
+        if not (who["runAsNonRoot"] and who["runAsUser"]) or any(box != bounded for box in boxes):
+            found.append(f"{name}: more rights than it needs")
+    if cluster["spec"]["autoscalerOptions"]["securityContext"] != bounded:
+        found.append("the autoscaler: more rights than it needs")
+    if cluster["spec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] != "0" or not job["entrypointNumCpus"]:
+        found.append("work lands on the head")
+    if job["backoffLimit"] or job["shutdownAfterJobFinishes"]:
+        found.append("a job is charged again, or ends the cluster")
+    return found
 
 
-def test_a_job_runs_once_off_the_head_and_leaves_the_cluster():
-    job = one("RayJob")["spec"]
-    assert job["backoffLimit"] == 0
-    assert job["entrypointNumCpus"] > 0
-    assert job["shutdownAfterJobFinishes"] is False
-    assert one("RayCluster")["spec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+def test_nothing_runs_in_a_way_that_it_must_not():
+    assert unsafe(list(OBJECTS.values())) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "wrong"),
+    [
+        ("RayCluster", ("spec", "authOptions", "mode"), "disabled"),
+        ("RayCluster", (*WORKERS, 1, *POD, "containers", 0, "env", 0, "value"), "disabled"),
+        ("RayCluster", (*WORKERS, 0, *POD, "containers", 0, "env", 2, "value"), "/home/ray"),
+        ("RayCluster", ("spec", "headGroupSpec", *POD, "securityContext", "runAsUser"), 0),
+        ("RayCluster", ("spec", "headGroupSpec", *POD, "containers", 0, "securityContext"), {"privileged": True}),
+        ("RayCluster", ("spec", "autoscalerOptions", "securityContext"), {}),
+        ("RayCluster", ("spec", "headGroupSpec", "rayStartParams", "num-cpus"), "4"),
+        ("StatefulSet", ("spec", *POD, "securityContext", "runAsNonRoot"), False),
+        ("PersistentVolumeClaim", ("spec", "accessModes"), ["ReadWriteOnce"]),
+        ("RayJob", ("spec", "entrypointNumCpus"), 0),
+        ("RayJob", ("spec", "backoffLimit"), 1),
+        ("RayJob", ("spec", "shutdownAfterJobFinishes"), True),
+    ],
+)
+def test_what_runs_in_such_a_way_is_found(kind, path, wrong):
+    objects = copy.deepcopy(list(OBJECTS.values()))
+    (document,) = [d for d in objects if d["kind"] == kind]
+    at(document, path[:-1])[path[-1]] = wrong
+    assert unsafe(objects) != []
 
 
 # Kustomize
