@@ -124,7 +124,7 @@ def commands_of_purser() -> list[str]:
 
 
 # Strict, so that the merge of these commands asks for this mark's removal.
-@pytest.mark.xfail(strict=True, reason="`purser submit`, `accountant start` and `budget --address` are not in this tree")
+@pytest.mark.xfail(strict=True, reason="`purser submit`, `accountant start`, `budget --address` are not in this tree")
 def test_the_commands_of_purser_exist():
     found = commands_of_purser()
     assert {"accountant", "budget", "submit", "tune"} <= {command.split()[0] for command in found}
