@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import ray
@@ -26,6 +26,7 @@ from cluster.accounting.presence import BEAT, GRACE, Presence
 from cluster.background import repeated
 from cluster.environment import ACCOUNTANT, NAMESPACE
 from cluster.errors import PurserError, Unreachable, UsageError
+from cluster.monitoring import PERIOD, REACHABLE, Meters, Monitor
 
 THREADS = 64  # callers served at once; they mostly wait for a commit
 
@@ -39,17 +40,28 @@ class Accountant:
     def __init__(self, url: str, grace: float = GRACE) -> None:
         self._url, self._grace = url, grace
         self._opening = threading.Lock()
-        self._opened: tuple[Books, Leases, Presence] | None = None
+        self._opened: tuple[Books, Leases, Presence, Monitor] | None = None
         self._swept = time.monotonic()
+        self._meters = Meters()
+        self._beside = ExitStack()
+        if ray.is_initialized() and ray.get_runtime_context().get_actor_id():
+            self._beside.enter_context(repeated(self._tell, PERIOD, at_once=True))
 
-    def _desk(self) -> tuple[Books, Leases, Presence]:
+    def _desk(self) -> tuple[Books, Leases, Presence, Monitor]:
         if self._opened is None:
             with self._opening:
                 if self._opened is None:
                     books = Books(Ledger(self._url))
                     presence = Presence(books.ledger, grace=self._grace)
-                    self._opened = books, Leases(books, presence.is_alive), presence
+                    leases = Leases(books, presence.is_alive)
+                    self._opened = books, leases, presence, Monitor(self._meters, books, leases, presence)
         return self._opened
+
+    def _tell(self) -> None:
+        try:
+            self._desk()[3].tell()
+        except PurserError:
+            self._meters.set(REACHABLE, 0)
 
     @property
     def _books(self) -> Books:
@@ -86,7 +98,8 @@ class Accountant:
 
     def authorise(self, lease: str, epoch: int, account: str, block: int) -> tuple[int, int, int] | None:
         """Charge a block before it runs; a plain tuple, since this is the call that is made all the time."""
-        grant = self._leases.authorise(lease, epoch, account, block)
+        with self._meters.timed():
+            grant = self._leases.authorise(lease, epoch, account, block)
         return None if grant is None else (grant.start, grant.stop, grant.cost)
 
     def epoch(self, lease: str) -> int:

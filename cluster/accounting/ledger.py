@@ -91,6 +91,7 @@ class Ledger:
         self._leader: _Request[Any] | None = None  # whose caller serves all that wait
         self._gate = threading.Lock()  # over who waits and who leads
         self._turn = threading.Lock()  # over the kept connection
+        self.failures = 0  # transactions that the database failed
         try:
             with self._readers.connect() as connection:
                 there = sa.inspect(connection).has_table(schema.hidden.name)
@@ -224,6 +225,7 @@ class Ledger:
         except BaseException as error:
             self._drop()
             if isinstance(error, self.errors):
+                self.failures += 1
                 raise databases.failure(self._engine.url, error, "written") from None
             raise
 

@@ -74,12 +74,24 @@ class Presence:
         if self._ledger.embedded:
             return False
         with self._turn:
-            self._light()  # our own beacon of one who went silent must not pass for another accountant's
-            now = self._clock()
-            if holder in self._beats or self._seen(holder):
+            if self._shines(holder):
                 self._absent.pop(holder, None)
                 return True
+            now = self._clock()
             return now - self._absent.setdefault(holder, now) < self._grace
+
+    def is_silent(self, holder: str) -> bool:
+        """Whether `holder` shows no sign of life now. It is taken to live until the grace is over, see `is_alive`."""
+        if self._locked(holder):
+            return False
+        if self._ledger.embedded:
+            return True
+        with self._turn:
+            return not self._shines(holder)
+
+    def _shines(self, holder: str) -> bool:
+        self._light()  # our own beacon of one who went silent must not pass for another accountant's
+        return holder in self._beats or self._seen(holder)
 
     def _light(self) -> None:
         """One session of the database holds a lock for every living holder; all end with this process."""

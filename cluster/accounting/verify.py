@@ -13,6 +13,8 @@ from typing import Any
 from cluster.accounting.schema import GENESIS, entry_hash
 from cluster.errors import UsageError
 
+SHORT = 13  # as many hexadecimal digits of a hash as a metric, which is a double, holds exactly
+
 # kind → what an entry's cost does to (spent, reserved)
 EFFECTS: Mapping[str, tuple[int, int]] = {
     "account": (0, 0),
@@ -39,10 +41,14 @@ class Verdict:
 
 
 def parse_head(text: str) -> tuple[int, str]:
-    """A head kept outside, written SEQ:HASH, as every statement and `budget show` prints it."""
+    """A head kept outside, written SEQ:HASH, as every statement and `budget show` prints it; of a hash that was kept by
+    Prometheus there are the first digits only."""
     seq, colon, digest = text.partition(":")
-    if not colon or not (seq.isascii() and seq.isdigit()) or len(digest) != 64:
-        raise UsageError(f"--head: {text!r} was given; write it as SEQ:HASH, as `purser budget show` printed it.")
+    if not colon or not (seq.isascii() and seq.isdigit()) or len(digest) not in (SHORT, 64):
+        raise UsageError(
+            f"--head: {text!r} was given; write it as SEQ:HASH, as `purser budget show` printed it, or with the first "
+            f"{SHORT} digits of the hash."
+        )
     return int(seq), digest
 
 
@@ -81,7 +87,7 @@ def verify(account: str, rows: Iterable[Mapping[str, Any]], head: tuple[int, str
         previous = row["hash"]
         last = {"seq": count, "hash": row["hash"]}
         if head and count == head[0]:
-            if row["hash"] != head[1]:
+            if not row["hash"].startswith(head[1]):
                 return bad(count, f"entry {count} is not the one whose hash was kept")
             seen_head = True
     if last is None:

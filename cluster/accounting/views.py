@@ -19,10 +19,12 @@ Row = dict[str, Any]
 
 _MEMO = 10_000  # leases whose state is kept in memory, per account
 
-_this: dict[str, Any] = {name: sa.bindparam(name) for name in ("account", "lease", "key", "until", "name")}
+_this: dict[str, Any] = {name: sa.bindparam(name) for name in ("account", "lease", "key", "until", "name", "seq")}
 _of_account = sa.select(entries).where(entries.c.account == _this["account"])
 _LAST = _of_account.order_by(entries.c.seq.desc()).limit(1)
 _ALL = _of_account.order_by(entries.c.seq).execution_options(yield_per=1000)
+_SINCE = _of_account.where(entries.c.seq > _this["seq"]).order_by(entries.c.seq)
+_SINCE = _SINCE.with_only_columns(entries.c.seq, entries.c.kind, entries.c.body)
 _BY_KEY = sa.select(entries).where(entries.c.key == _this["key"])
 _BY_PREFIX = sa.select(entries.c.account).where((entries.c.key >= _this["key"]) & (entries.c.key < _this["until"]))
 _OF_LEASE = _of_account.where(entries.c.lease == _this["lease"]).order_by(entries.c.seq)
@@ -98,6 +100,10 @@ class View:
         """All entries of `account` in order."""
         for row in self._ask(_ALL, account=account).mappings():
             yield dict(row)
+
+    def since(self, account: str, seq: int) -> list[Row]:
+        """Sequence number, kind and body of what was added to `account` after its entry `seq`, in order."""
+        return [dict(row) for row in self._ask(_SINCE, account=account, seq=seq).mappings()]
 
     def of_lease(self, lease: str, account: str) -> list[Row]:
         """All entries of `lease` on `account` in order."""

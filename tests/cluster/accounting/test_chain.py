@@ -8,7 +8,7 @@ from bookkeeping import STEP, TRAIN, VALIDATION, Desk, evaluation, run_attempt, 
 from places import Places, SqlitePlaces, rewrite_chain
 
 from cluster.accounting.schema import HASHED, entries, entry_hash
-from cluster.accounting.verify import EFFECTS, parse_head, verify
+from cluster.accounting.verify import EFFECTS, SHORT, parse_head, verify
 from cluster.errors import UsageError
 
 COLUMNS = tuple(column.name for column in entries.columns)
@@ -309,6 +309,17 @@ def test_heads_read_back(desk):
     assert parse_head(f"{seq}:{digest}") == (seq, digest)
     assert desk.verdict(head=(0, digest)).valid is False
     assert desk.verdict(head=(seq, "0" * 64)).first_bad_seq == seq
+
+
+def test_a_head_s_first_digits_find_what_the_whole_finds(desk):
+    """A metric holds no more of a hash."""
+    seq, digest = head_of(desk)
+    short = parse_head(f"{seq}:{digest[:SHORT]}")
+    assert desk.verdict(head=short).valid
+    assert desk.verdict(head=(seq, "0" * SHORT)).first_bad_seq == seq
+    for wrong in (SHORT - 1, SHORT + 1, 0):
+        with pytest.raises(UsageError, match="--head"):
+            parse_head(f"{seq}:{digest[:wrong]}")
 
 
 def test_a_chain_can_be_recomputed_from_what_history_prints(desk):
