@@ -49,7 +49,7 @@ def parse_head(text: str) -> tuple[int, str]:
             f"--head: {text!r} was given; write it as SEQ:HASH, as `purser budget show` printed it, or with the first "
             f"{SHORT} digits of the hash."
         )
-    return int(seq), digest
+    return int(seq), digest.lower()
 
 
 def verify(account: str, rows: Iterable[Mapping[str, Any]], head: tuple[int, str] | None = None) -> Verdict:

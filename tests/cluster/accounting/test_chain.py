@@ -316,6 +316,7 @@ def test_a_head_s_first_digits_find_what_the_whole_finds(desk):
     seq, digest = head_of(desk)
     short = parse_head(f"{seq}:{digest[:SHORT]}")
     assert desk.verdict(head=short).valid
+    assert parse_head(f"{seq}:{digest[:SHORT].upper()}") == short, "as Grafana writes numbers"
     assert desk.verdict(head=(seq, "0" * SHORT)).first_bad_seq == seq
     for wrong in (SHORT - 1, SHORT + 1, 0):
         with pytest.raises(UsageError, match="--head"):
