@@ -1,9 +1,12 @@
-"""Prometheus' own client in the place of `ray.util.metrics`, so that what was told can be read back without Ray; and
-the names of figures, wherever they are written."""
+"""What tests of the accountant's figures share: Prometheus' own client in the place of `ray.util.metrics`, so that what
+was told can be read back without Ray; a database that fails; and the names of figures, wherever they are written."""
 
 from __future__ import annotations
 
 import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import prometheus_client
@@ -56,6 +59,17 @@ class Registry:
     def text(self) -> str:
         """All of it, as Prometheus would fetch it."""
         return prometheus_client.generate_latest(self._kept).decode()
+
+
+@contextmanager
+def failing(url: str) -> Iterator[None]:
+    """The database of a SQLite ledger refuses every insertion for a while, whoever asks."""
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as database:
+        database.execute("CREATE TRIGGER full BEFORE INSERT ON entries BEGIN SELECT RAISE(ABORT, 'full'); END")
+        try:
+            yield
+        finally:
+            database.execute("DROP TRIGGER full")
 
 
 def named_in(text: str) -> set[str]:

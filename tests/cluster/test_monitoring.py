@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import json
 import re
-import sqlite3
-from contextlib import closing, contextmanager
 
 import pytest
 import yaml
-from figures import DASHBOARD, RULES, Registry, named_in
+from figures import DASHBOARD, RULES, Registry, failing, named_in
 
 from cluster.accounting.actor import Accountant
 from cluster.accounting.books import Books, Dataset
@@ -194,18 +192,9 @@ def test_every_head_is_a_number_that_a_double_holds():
 # A ledger in trouble
 
 
-@contextmanager
-def broken(url):
-    """The database refuses every insertion for a while."""
-    with closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as database:
-        database.execute("CREATE TRIGGER full BEFORE INSERT ON entries BEGIN SELECT RAISE(ABORT, 'full'); END")
-        yield
-        database.execute("DROP TRIGGER full")
-
-
 def test_failed_writes_are_counted(desk, url):
     assert desk.said("purser_ledger_write_failures_total") == 0
-    with broken(url):
+    with failing(url):
         for _ in range(2):
             with pytest.raises(PurserError):
                 desk.leases.reserve("run", "me", [STEPS])
