@@ -9,7 +9,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 # `python -m purser` puts the folder one stands in first; a `training.py` or `cluster/` there must not pass for ours.
 if sys.path and Path(sys.path[0] or ".").resolve() == Path.cwd() != Path(__file__).resolve().parent:
@@ -17,13 +17,13 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path.cwd() != Path(__file_
 
 import typer
 
-from cluster import display, environment
+from cluster import commands, display, environment
 from cluster.accounting import orders
 from cluster.accounting.books import Books
-from cluster.accounting.leases import PROTOCOL, Leases
-from cluster.accounting.ledger import Ledger
+from cluster.commands import Elsewhere, Json, Server
 from cluster.errors import PurserError, Refused, UsageError, without_content
 from cluster.screen import Screen
+from cluster.service import open_desk
 
 app = typer.Typer(
     help="Private training and tuning under one enforced (ε, δ).",
@@ -33,8 +33,8 @@ app = typer.Typer(
 )
 budget = typer.Typer(help="The books: accounts and everything they were charged.", no_args_is_help=True)
 app.add_typer(budget, name="budget")
-accountant = typer.Typer(help="The shared ledger of a cluster.", no_args_is_help=True)
-app.add_typer(accountant, name="accountant")
+app.add_typer(commands.accountant, name="accountant")
+app.add_typer(commands.jobs)
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A job file, such as infra/jobs/digits.yaml.")]
 OptionalJob = Annotated[Path | None, typer.Argument(metavar="JOB", help="A job file; not with --resume.")]
@@ -46,8 +46,6 @@ Base = Annotated[
     str | None, typer.Option(metavar="MODEL", help="The model that an adapter is for, if not where its job had it.")
 ]
 PUBLIC = "These texts must be nobody's secret; all that is checked is that they are no whole source of this ledger."
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 
 
 def main() -> None:
@@ -70,11 +68,11 @@ def _end(sentence: str, code: int) -> None:
     sys.exit(code)
 
 
-def _job(path: Path, overrides: list[str] | None) -> Any:
+def _job(path: Path, overrides: list[str] | None, elsewhere: bool = False) -> Any:
     from training.jobfile import load
     from tuning.config import SweepJob
 
-    return load(SweepJob, path.absolute(), overrides or [])
+    return load(SweepJob, path.absolute(), overrides or [], elsewhere=elsewhere)
 
 
 def _chosen(job: Path | None, overrides: list[str] | None, resume: str | None, what: str) -> Any:
@@ -91,7 +89,14 @@ def _chosen(job: Path | None, overrides: list[str] | None, resume: str | None, w
 
 
 def _books() -> Books:
-    return Books(Ledger(environment.ledger_url()))
+    return open_desk().books
+
+
+def _elsewhere(address: str, screen: Screen, *words: str, job: Any = None) -> NoReturn:
+    """Run `purser budget WORDS [job]` on a cluster, and end as it ends."""
+    from cluster.handover import ask
+
+    raise typer.Exit(ask(address, ["budget", *words], screen, job and job.model_dump(mode="json")))
 
 
 def _finish(screen: Screen, result: dict[str, Any]) -> None:
@@ -139,7 +144,7 @@ def plan(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> No
     screen = Screen(as_json)
     books = _books()
     made = make(books, _job(job, overrides))
-    screen.say(f"Ledger {books.ledger.place}")
+    screen.say(f"Ledger {books.place}")
     screen.say(plan_table(made))
     screen.say(plan_curve(made))
     screen.say()
@@ -218,7 +223,7 @@ def generate(
     how = Sampling(count, max_new_tokens, temperature, top_p, tuple(stop or ()), seed)
     check_out(out, ENDINGS)
     source, books = released(run), _books()
-    screen.say(f"Ledger {books.ledger.place}")
+    screen.say(f"Ledger {books.place}")
     texts = read_prompts(prompts, column, source, books)
     screen.say(PUBLIC)
     result = write(source, texts, how, out, screen, base)
@@ -247,7 +252,7 @@ def embed(
     screen = Screen(as_json)
     check_out(out, ENDINGS)
     source, books = released(run), _books()
-    screen.say(f"Ledger {books.ledger.place}")
+    screen.say(f"Ledger {books.place}")
     public = read_prompts(texts, column, source, books, "--texts")
     screen.say(PUBLIC)
     result = write(source, public, max_length, out, screen, base)
@@ -255,16 +260,51 @@ def embed(
     screen.result(result)
 
 
+@app.command()
+def submit(
+    address: Server,
+    job: OptionalJob = None,
+    overrides: Overrides = None,
+    what: Annotated[
+        str | None, typer.Option("--as", metavar="train|tune", help="tune where the job has a space to search.")
+    ] = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run or sweep there.")] = None,
+    name: Annotated[str, typer.Option(metavar="NAME", help="Tells apart what would else be one submission.")] = "",
+    requirements: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="package==version lines that the job's processes need.")
+    ] = None,
+    entrypoint_num_cpus: Annotated[float, typer.Option(help="0 runs the command on the head, more on any node.")] = 0,
+    wait: Annotated[bool, typer.Option("--follow", help="Until the job has ended, and with its exit code.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The same job on a cluster, through Ray's job API; the same submitted twice runs once."""
+    from cluster.handover import submit as hand_over
+    from cluster.jobs import requirements as pinned
+    from tuning.submission import submission
+
+    screen = Screen(as_json)
+    if (job is None) == (resume is None):
+        raise UsageError("JOB: give a job file, or --resume RUN alone.")
+    shipped = None if job is None else _job(job, overrides, elsewhere=True)
+    said = submission(shipped, what, resume, name)
+    pip = pinned(requirements) if requirements else []
+    made = hand_over(address, said, pip, entrypoint_num_cpus, screen, wait)
+    if made:
+        screen.result(made)
+
+
 @budget.command()
-def create(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def create(job: JobFile, overrides: Overrides = None, address: Elsewhere = None, as_json: Json = False) -> None:
     """Make the dataset and its accounts as the job says; prints how the order of each is chosen."""
+    screen = Screen(as_json)
+    if address is not None:
+        _elsewhere(address, screen, "create", job=_job(job, overrides, elsewhere=True))
     from training.admission import source_of
     from tuning.plan import planned
 
-    screen = Screen(as_json)
     whole = _job(job, overrides)
     books = _books()
-    screen.say(f"Ledger {books.ledger.place}")
+    screen.say(f"Ledger {books.place}")
     dataset, plans, privacy = whole.dataset([source_of(books, whole.plain)]), planned(whole), whole.privacy
     accounts = books.create(dataset, privacy.epsilon, privacy.delta, plans, whole.tuning.trials)
     for name in whole.accounts:
@@ -276,25 +316,30 @@ def create(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> 
 
 
 @budget.command("list")
-def list_accounts(as_json: Json = False) -> None:
+def list_accounts(address: Elsewhere = None, as_json: Json = False) -> None:
     """Every account of this ledger."""
     screen = Screen(as_json)
+    if address is not None:
+        _elsewhere(address, screen, "list")
     books = _books()
     accounts = [books.show(name) for name in books.names()]
-    screen.say(f"Ledger {books.ledger.place}")
+    screen.say(f"Ledger {books.place}")
     screen.say(display.accounts_table(accounts) if accounts else "No accounts yet. Next: purser budget create JOB")
     screen.result({"accounts": [account.as_json() for account in accounts]})
 
 
 @budget.command()
-def show(account: AccountName, as_json: Json = False) -> None:
+def show(account: AccountName, address: Elsewhere = None, as_json: Json = False) -> None:
     """One account: what is spent, reserved and left, and how many more runs fit."""
     screen = Screen(as_json)
-    books = _books()
+    if address is not None:
+        _elsewhere(address, screen, "show", account)
+    desk = open_desk()
+    books = desk.books
     shown = books.show(books.resolve(account))
     both = [shown] if "/" in account else [books.show(name) for name in shown.dataset.accounts()]
-    holds = {one.account: Leases(books).holds(one.account) for one in both}
-    screen.say(f"Ledger {books.ledger.place}")
+    holds = {one.account: desk.leases.holds(one.account) for one in both}
+    screen.say(f"Ledger {books.place}")
     for one in both:
         screen.say(display.account_card(one, books.last_run(one.account), holds[one.account]))
         screen.say()
@@ -303,13 +348,15 @@ def show(account: AccountName, as_json: Json = False) -> None:
 
 
 @budget.command()
-def history(account: AccountName, as_json: Json = False) -> None:
+def history(account: AccountName, address: Elsewhere = None, as_json: Json = False) -> None:
     """Every entry of an account, like a bank statement."""
     screen = Screen(as_json)
+    if address is not None:
+        _elsewhere(address, screen, "history", account)
     books = _books()
     shown = books.show(books.resolve(account))
     rows = list(books.history(shown.account))
-    screen.say(f"Ledger {books.ledger.place}")
+    screen.say(f"Ledger {books.place}")
     screen.say(display.history_table(rows, shown.budget_cost))
     screen.say(f"Next: purser budget verify {shown.account} --head {shown.head['seq']}:{shown.head['hash']}")
     screen.result({"account": shown.account, "entries": rows})
@@ -319,40 +366,25 @@ def history(account: AccountName, as_json: Json = False) -> None:
 def verify(
     account: AccountName,
     head: Annotated[str | None, typer.Option(metavar="SEQ:HASH", help="A head that was kept elsewhere.")] = None,
+    address: Elsewhere = None,
     as_json: Json = False,
 ) -> None:
     """Recompute the hash chain and the totals; with --head, also find a cut or rewritten chain."""
     from cluster.accounting.verify import parse_head
 
     screen = Screen(as_json)
+    if address is not None:
+        _elsewhere(address, screen, "verify", account, *(["--head", head] if head else []))
     books = _books()
     name = books.resolve(account)
     verdict = books.verify(name, parse_head(head) if head else None)
-    screen.say(f"Ledger {books.ledger.place}")
+    screen.say(f"Ledger {books.place}")
     word = "[green]valid[/]" if verdict.valid else "[red]not valid[/]"
     screen.say(f"{name}: {word}: {verdict.why}.")
     if verdict.head:
         screen.say(f"Head {verdict.head['seq']}:{verdict.head['hash']}; keep it somewhere else.")
     screen.result({k: getattr(verdict, k) for k in ("account", "valid", "first_bad_seq", "head", "why")})
     raise typer.Exit(0 if verdict.valid else 1)
-
-
-@accountant.command()
-def init(
-    service: Annotated[str | None, typer.Option(metavar="ROLE", help="Who may read and append, and no more.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Make the ledger that PURSER_LEDGER names, as the role that owns its database; harmless if it is there."""
-    from cluster.accounting.ledger import init as make
-
-    screen = Screen(as_json)
-    make(environment.ledger_url(), service)
-    books = _books()
-    screen.say(f"Ledger {books.ledger.place} is made.")
-    if service:
-        screen.say(f"Set PURSER_LEDGER to the URL of {service} from here on: it may read and append, and nothing else.")
-    screen.say("Next: purser budget create JOB")
-    screen.result({"protocol": PROTOCOL, "ledger": books.ledger.identity, "accounts": books.names()})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from cluster.errors import UsageError
 
 HOME = "PURSER_HOME"
 LEDGER = "PURSER_LEDGER"
+ADDRESS = "RAY_ADDRESS"  # Ray's own
 NAMESPACE = "purser"
 ACCOUNTANT = "accountant"
 
@@ -45,7 +46,25 @@ def secure_ray() -> None:
     Must run before Ray is imported: Ray reads the mode then, and on a machine without a token yet a later setting
     reaches its servers but not the code that makes the token.
     """
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    address = os.environ.get(ADDRESS, "local")
+    if address == "local" or "://" in address:  # a cluster that is joined has its own mode
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def cluster_address() -> str | None:
+    """The Ray cluster that this command is to work on: `$RAY_ADDRESS`, which Ray sets for every job; None for a Ray of
+    its own.
+
+    Raises:
+        UsageError: it is the address of a server, which takes jobs but cannot be joined.
+    """
+    address = os.environ.get(ADDRESS) or "local"
+    if "://" in address:
+        raise UsageError(
+            f"{ADDRESS}: {address} is a server that takes jobs; hand yours over with `purser submit JOB --address "
+            f"http://HEAD:8265`, or unset {ADDRESS}."
+        )
+    return None if address == "local" else address
 
 
 def ledger_url() -> str:

@@ -1,4 +1,4 @@
-"""One command's time with Ray: start it quietly on this machine, with its accountant, and end it.
+"""One command's time with Ray: start it quietly on this machine and end it, or join the cluster that is there.
 
 The process moves to the run's folder first: Ray puts the driver's folder ahead of site-packages on workers, so a
 `training.py` in the user's folder would be imported in place of ours.
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.environment import HOME, LEDGER, NAMESPACE, home, ledger_file, ledger_url
+from cluster.errors import UsageError
 
 CPUS_PER_WORKER = 0.5  # two trials of two workers on two cores; the drivers ask for none
 
@@ -22,8 +23,11 @@ def cpus() -> int:
 
 
 def groups_at_once(workers: int) -> int:
-    """How many worker groups of so many workers this machine holds, at least one."""
-    return max(1, int(cpus() / (workers * CPUS_PER_WORKER)))
+    """How many worker groups of so many workers this Ray holds, at least one."""
+    import ray
+
+    cores = ray.cluster_resources().get("CPU", 0.0) if ray.is_initialized() else cpus()
+    return max(1, int(cores / (workers * CPUS_PER_WORKER)))
 
 
 def environment() -> dict[str, str]:
@@ -41,6 +45,42 @@ def environment() -> dict[str, str]:
         "PYTHONWARNINGS": "ignore",
         "GLOG_minloglevel": "2",
     }
+
+
+def join(address: str) -> str:
+    """Join the Ray cluster at `address` for the rest of this process; returns the dashboard's address.
+
+    What workers print is in Ray's own logs and in its dashboard, and not here: a command's last line is its own.
+
+    Raises:
+        UsageError: there is none, it does not answer, or it wants a token that this process does not have.
+    """
+    variables = {name: value for name, value in environment().items() if name != LEDGER}
+    os.environ.update(variables, RAY_OVERRIDE_JOB_RUNTIME_ENV="1")  # a job may have been sent with some of these
+    import ray
+
+    folder, failure = Path.cwd(), ""
+    os.chdir(home())
+    try:
+        context = ray.init(
+            address=address,
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            logging_level="ERROR",
+            ignore_reinit_error=True,
+            runtime_env={"env_vars": variables},
+        )
+    except Exception as error:  # noqa: BLE001 (Ray has many ways to say so)
+        failure = type(error).__name__
+    finally:
+        os.chdir(folder)
+    if failure:
+        raise UsageError(
+            f"RAY_ADDRESS: no Ray cluster could be joined at {address} ({failure}); run this on a node of it, with the "
+            "cluster's token (RAY_AUTH_MODE, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH), or give --address "
+            "http://HEAD:8265 where the command takes it."
+        )
+    return str(context.dashboard_url)
 
 
 @contextmanager

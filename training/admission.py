@@ -29,10 +29,10 @@ def admit(books: Books, job: Job, plans: Mapping[str, Sequence[Charge]], trials:
     dataset = job.dataset([source_of(books, job)])
     if books.exists(job.account):
         return books.check(dataset, job.privacy.epsilon, job.privacy.delta), False
-    if not books.ledger.embedded:
+    if not books.embedded:
         raise UsageError(
-            f"account: {job.account} is not in {books.ledger.place}; on a shared ledger its owner makes it first, with "
-            "`purser budget create JOB`."
+            f"account: {job.account} is not in {books.place}; on a shared ledger its owner makes it first, with "
+            "`purser budget create JOB`, on a cluster with --address. Nothing was charged."
         )
     return books.create(dataset, job.privacy.epsilon, job.privacy.delta, plans, trials), True
 

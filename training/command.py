@@ -16,12 +16,11 @@ from cluster.accounting.answers import explain
 from cluster.accounting.books import Account, Books
 from cluster.accounting.costs import epsilon_text
 from cluster.accounting.leases import Leases
-from cluster.accounting.ledger import Ledger
 from cluster.accounting.mechanisms import Charge
-from cluster.accounting.presence import Presence
 from cluster.background import repeated
 from cluster.errors import UsageError
 from cluster.screen import Screen
+from cluster.service import open_desk
 from training import release
 from training.admission import admit, what_would_fit
 from training.config import Job
@@ -38,20 +37,19 @@ def run(
     Raises:
         UsageError: the job does not fit its account or the run to be resumed; nothing was charged.
     """
-    ledger = Ledger(environment.ledger_url())
-    books = Books(ledger)
+    desk = open_desk()
+    books, leases = desk.books, desk.leases
     accounts, made = admit(books, job, plans, trials)
     name = resume or environment.new_name(job.account)
     folder = environment.run_folder(name, new=resume is None)
     alive = environment.Alive(name)
-    leases = Leases(books, Presence(ledger).is_alive)
     if resume is not None and not leases.known(resume):
         raise UsageError(
             f"RUN: {resume} never held a lease, so there is nothing to go on with; start a new run (a sweep goes on "
             "with purser tune --resume)."
         )
     (folder / "job.json").write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    greet(screen, ledger.place, accounts, made)
+    greet(screen, books.place, accounts, made)
     planned = job.training.steps
     result = {
         "run": name,
@@ -74,15 +72,12 @@ def run(
     log = folder / "log.txt"
     screen.say(f"Run {name}: {planned} steps on {job.training.workers} workers. Ray's own output: {log}")
     with screen.quiet(log):
-        from cluster.accounting.actor import start
-        from cluster.session import local_ray
         from training.parallel import everywhere
 
-        with local_ray(folder) as dashboard:
-            client = start(ledger.url)
+        with desk.ray(folder) as (client, dashboard):
             screen.say(f"Ray is up, its dashboard is at http://{dashboard}; the workers are starting.")
             with client.holding(name), progress(screen, books, job.accounts[0], name, planned):
-                outcome = train(client, ledger.identity, job, name, name, folder, everywhere=everywhere)
+                outcome = train(client, books.identity, job, name, name, folder, everywhere=everywhere)
             cost = charged(client, job, name)
     result |= {"status": outcome.status, "authorised_steps": cost.steps, "epsilon_of_run": cost.epsilon}
     result |= {"metrics": outcome.metrics, "rungs": release.kept_rungs(folder), "why": outcome.why}

@@ -36,8 +36,11 @@ def override(raw: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
-def load(kind: type[J], path: Path, assignments: Sequence[str] = ()) -> J:
+def load(kind: type[J], path: Path, assignments: Sequence[str] = (), *, elsewhere: bool = False) -> J:
     """Read the job file at `path` with `section.key=value` overrides.
+
+    Args:
+        elsewhere: it is to run on another machine, where nothing lies beside the job file.
 
     Raises:
         UsageError: one sentence that names the file or field, what was given, and what is allowed.
@@ -58,6 +61,9 @@ def load(kind: type[J], path: Path, assignments: Sequence[str] = ()) -> J:
     if not isinstance(raw, dict):
         raise UsageError(f"JOB: {path} holds no sections; it needs account, privacy, data and model.")
     job = parse(kind, override(raw, values))
+    if elsewhere:
+        _check_elsewhere(job, path.parent)
+        return job
     sections: dict[str, Any] = {
         name: section.model_copy(update={"source": _absolute(section.source, path.parent, f"{name}.source")})
         for name, section in (("data", job.data), ("evaluation", job.evaluation))
@@ -66,6 +72,19 @@ def load(kind: type[J], path: Path, assignments: Sequence[str] = ()) -> J:
     if (model := job.model.path) is not None and _names_a_folder(model, path.parent):
         sections["model"] = job.model.model_copy(update={"path": _absolute(model, path.parent, "model.path")})
     return job.model_copy(update=sections)
+
+
+def _check_elsewhere(job: Job, beside: Path) -> None:
+    """Refuse what names a place beside the job file."""
+    named = {"data.source": job.data.source, "evaluation.source": job.evaluation.source}
+    if (model := job.model.path) is not None and _names_a_folder(model, beside):
+        named["model.path"] = model
+    for field, place in named.items():
+        if place is not None and ":" not in place and not place.startswith("/"):
+            raise UsageError(
+                f"{field}: {place!r} was given, which is a place of this machine's; for a cluster write the absolute "
+                "path that all of its nodes see, or a URL."
+            )
 
 
 def _names_a_folder(path: str, beside: Path) -> bool:

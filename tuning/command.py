@@ -10,13 +10,12 @@ from typing import Any
 
 from cluster import environment
 from cluster.accounting.answers import explain
-from cluster.accounting.books import Account, Books
+from cluster.accounting.books import Account
 from cluster.accounting.leases import Leases
-from cluster.accounting.ledger import Ledger
 from cluster.accounting.mechanisms import Charge
-from cluster.accounting.presence import Presence
 from cluster.errors import PurserError
 from cluster.screen import Screen
+from cluster.service import Desk, open_desk
 from training import release
 from training.admission import admit, what_would_fit
 from training.command import greet, progress
@@ -38,8 +37,8 @@ def tune(job: SweepJob, screen: Screen, resume: str | None = None) -> dict[str, 
             was charged.
     """
     plans = planned(job)
-    ledger = Ledger(environment.ledger_url())
-    books = Books(ledger)
+    desk = open_desk()
+    books, leases = desk.books, desk.leases
     accounts, made = admit(books, job.plain, plans, job.tuning.trials)
     orders = [account.order for account in accounts]
     job.corners(orders[0])  # where a field is auto, it can be solved everywhere
@@ -50,10 +49,9 @@ def tune(job: SweepJob, screen: Screen, resume: str | None = None) -> dict[str, 
         (folder / "job.json").write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
         keep_candidates(folder, [] if job.tuning.search == "optuna" else list(proposals(job, orders[0])))
     trials = trials_of(job, name, folder)
-    greet(screen, ledger.place, accounts, made)
+    greet(screen, books.place, accounts, made)
     before = accounts
 
-    leases = Leases(books, Presence(ledger).is_alive)
     leases.expire_dead()
     final = Final(job, name, folder, orders)
     for trial in (*trials, *filter(None, [final.of(trials)])):
@@ -61,7 +59,7 @@ def tune(job: SweepJob, screen: Screen, resume: str | None = None) -> dict[str, 
             leases.close(trial.lease, trial.outcome.closing, trial.outcome.status)
     lost = final.hold_back(leases)
     try:
-        _search(job, ledger, name, folder, screen, trials, leases, final, lost)
+        _search(job, desk, name, folder, screen, trials, final, lost)
     finally:
         final.let_go(leases)
 
@@ -100,16 +98,16 @@ def tune(job: SweepJob, screen: Screen, resume: str | None = None) -> dict[str, 
 
 def _search(
     job: SweepJob,
-    ledger: Ledger,
+    desk: Desk,
     name: str,
     folder: Path,
     screen: Screen,
     trials: list[Trial],
-    leases: Leases,
     final: Final,
     lost: str,
 ) -> None:
     """Run what the budget can pay for: trials, unless the final run's hold is `lost` or its winner chosen; then it."""
+    leases = desk.leases
     if lost:
         refuse_rest(folder, [trial for trial in trials if not leases.known(trial.lease)], lost)
     todo = [] if lost or final.began else [trial for trial in trials if not trial.over]
@@ -124,7 +122,7 @@ def _search(
         _refuse_all(todo, leases, name, folder, job.tuning.search != "grid" and not leases.fits(least).fits)
     last = final.of(trials)
     if run or (final.wanted and final.winner(trials) and not (last and last.over)):
-        _run(job, ledger, name, folder, screen, trials, begun, run, final)
+        _run(job, desk, name, folder, screen, trials, begun, run, final)
 
 
 def _least(job: SweepJob, leases: Leases) -> list[Charge]:
@@ -144,7 +142,7 @@ def _cheapest_drawn(job: SweepJob, name: str, folder: Path, trials: list[Trial],
 
 def _run(
     job: SweepJob,
-    ledger: Ledger,
+    desk: Desk,
     name: str,
     folder: Path,
     screen: Screen,
@@ -159,22 +157,19 @@ def _run(
     said = f"{over} of {most} trials are over already" if over else f"up to {most} trials"
     screen.say(f"Sweep {name}: {said}. Ray's own output: {log}")
     with screen.quiet(log):
-        from cluster.accounting.actor import start
-        from cluster.session import local_ray
         from training.parallel import everywhere
         from tuning.sweep import Sweep
 
-        with local_ray(folder) as dashboard:
-            client = start(ledger.url)
+        with desk.ray(folder) as (client, dashboard):
             screen.say(f"Ray is up, its dashboard is at http://{dashboard}.")
             with client.holding(name):
                 prepared_for(client, job.plain, everywhere)
                 if search:
-                    Sweep(client, ledger.identity, job, name, folder, trials, begun, screen.say).run()
+                    Sweep(client, desk.books.identity, job, name, folder, trials, begun, screen.say).run()
                 if final.wanted:
                     steps = job.tuning.reserve_for_final
-                    with progress(screen, Books(ledger), job.accounts[0], final.lease, steps):
-                        final.run(client, ledger.identity, trials, screen.say)
+                    with progress(screen, desk.books, job.accounts[0], final.lease, steps):
+                        final.run(client, desk.books.identity, trials, screen.say)
 
 
 def _refuse_all(trials: list[Trial], leases: Leases, name: str, folder: Path, spent: bool) -> None:

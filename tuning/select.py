@@ -17,14 +17,12 @@ from typing import Any
 from cluster import environment
 from cluster.accounting.actor import AccountantClient
 from cluster.accounting.answers import explain
-from cluster.accounting.books import Account, Books
-from cluster.accounting.leases import Leases
-from cluster.accounting.ledger import Ledger
+from cluster.accounting.books import Account
 from cluster.accounting.mechanisms import Charge
-from cluster.accounting.presence import Presence
 from cluster.errors import PurserError, without_content
 from cluster.files import copy_whole, write_whole
 from cluster.screen import Screen
+from cluster.service import Desk, open_desk
 from training import release
 from training.admission import admit
 from training.command import greet
@@ -69,17 +67,16 @@ def select(job: SweepJob, screen: Screen, resume: str | None = None) -> dict[str
         UsageError: the job, its space or its source is not what the account allows, or there is no such sweep; nothing
             was charged.
     """
-    ledger = Ledger(environment.ledger_url())
-    books = Books(ledger)
+    desk = open_desk()
+    books, leases = desk.books, desk.leases
     accounts, made = admit(books, job.plain, planned(job), job.tuning.trials)
     name = resume or environment.new_name(job.account)
     folder = environment.run_folder(name, new=resume is None)
     alive = environment.Alive(name)
     if resume is None:
         (folder / "job.json").write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    greet(screen, ledger.place, accounts, made)
+    greet(screen, books.place, accounts, made)
     order = accounts[0].order
-    leases = Leases(books, Presence(ledger).is_alive)
     leases.expire_dead()
     lease, sealed = f"{name}-select", Sealed(folder)
     outcome, winner = Outcome(COMPLETED), Winner.kept(folder)
@@ -88,7 +85,7 @@ def select(job: SweepJob, screen: Screen, resume: str | None = None) -> dict[str
         if answer.fits:
             if not sealed.drawn_for(job):
                 sealed.draw(job, order)
-            outcome = _run(job, order, books, lease, name, folder, screen)
+            outcome = _run(job, order, desk, lease, name, folder, screen)
         else:
             least = make(books, job).as_json()["select_trials_that_fit"]
             offer = f" What would fit: tuning.trials={least}." if least and least > 1 else ""
@@ -112,24 +109,21 @@ def select(job: SweepJob, screen: Screen, resume: str | None = None) -> dict[str
     return result
 
 
-def _run(job: SweepJob, order: int, books: Books, lease: str, name: str, folder: Path, screen: Screen) -> Outcome:
+def _run(job: SweepJob, order: int, desk: Desk, lease: str, name: str, folder: Path, screen: Screen) -> Outcome:
     log = folder / "log.txt"
     screen.say(
         f"Selection {name}: {job.tuning.trials} candidates in the mean, only the best of them will be seen. It is paid "
         f"for as a whole, before it begins. Ray's own output: {log}"
     )
     with screen.quiet(log):
-        from cluster.accounting.actor import start
-        from cluster.session import local_ray
         from training.parallel import everywhere
 
-        with local_ray(folder) as dashboard:
-            client = start(books.ledger.url)
+        with desk.ray(folder) as (client, dashboard):
             screen.say(f"Ray is up, its dashboard is at http://{dashboard}; the workers are starting.")
             with client.holding(name):
 
                 def paid() -> bool:
-                    return all(books.charged(lease, account) for account in job.charged)
+                    return all(desk.books.charged(lease, account) for account in job.charged)
 
                 prepared = prepared_for(client, job.plain, everywhere)
                 # Paid already: before an interruption.
@@ -137,7 +131,7 @@ def _run(job: SweepJob, order: int, books: Books, lease: str, name: str, folder:
                 if epoch is None:
                     client.close(lease, "release", REFUSED)
                     return Outcome(REFUSED, why="others have spent the budget meanwhile; nothing was spent by this.")
-                return _groups(job, order, books.ledger.identity, lease, epoch, folder, prepared, paid)
+                return _groups(job, order, desk.books.identity, lease, epoch, folder, prepared, paid)
 
 
 def _open(client: AccountantClient, lease: str, charges: list[Charge]) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -24,7 +24,7 @@ from cluster.accounting.ledger import Ledger
 from cluster.accounting.mechanisms import Charge
 from cluster.accounting.presence import BEAT, GRACE, Presence
 from cluster.background import repeated
-from cluster.environment import ACCOUNTANT, NAMESPACE
+from cluster.environment import ACCOUNTANT, NAMESPACE, code_hash
 from cluster.errors import PurserError, Unreachable, UsageError
 from cluster.monitoring import PERIOD, REACHABLE, Meters, Monitor
 
@@ -72,8 +72,25 @@ class Accountant:
         return self._desk()[1]
 
     def describe(self) -> dict[str, Any]:
-        """Protocol version and ledger identity, which clients check before anything else."""
-        return {"protocol": PROTOCOL, "ledger": self._books.ledger.identity}
+        """Protocol version and ledger identity, which clients check before anything else; then for people where the
+        ledger is, its file where it is one, and the hash of the code that serves it."""
+        ledger = self._books.ledger
+        return {
+            "protocol": PROTOCOL,
+            "ledger": ledger.identity,
+            "place": ledger.place,
+            "file": self._url if ledger.embedded else None,
+            "code": code_hash(),
+        }
+
+    def books(self, act: str, *arguments: Any) -> Any:
+        """What `Books` answers to `act`; whole, since an iterator does not travel."""
+        answer = getattr(self._books, act)(*arguments)
+        return list(answer) if isinstance(answer, Iterator) else answer
+
+    def leases(self, act: str, *arguments: Any) -> Any:
+        """What `Leases` answers to `act`."""
+        return getattr(self._leases, act)(*arguments)
 
     def beat(self, holder: str) -> None:
         """`holder` lives; and now and then, those who do not lose what they had reserved."""
@@ -130,12 +147,21 @@ class Accountant:
         return "Accountant(purser)"
 
 
-def start(url: str, served: type[Accountant] = Accountant, **options: Any) -> AccountantClient:
+def start(
+    url: str,
+    served: type[Accountant] = Accountant,
+    variables: Mapping[str, str] | None = None,
+    **options: Any,
+) -> AccountantClient:
     """Find or make the accountant of this Ray cluster: named, detached, on the head node, restarted without end.
+
+    Args:
+        variables: of its process's environment, beside those of this job's processes.
 
     Raises:
         UsageError: one is there already, but of another version or over another ledger.
     """
+    ledger = Ledger(url)
     actor = ray.remote(served).options(
         name=ACCOUNTANT,
         namespace=NAMESPACE,
@@ -146,27 +172,48 @@ def start(url: str, served: type[Accountant] = Accountant, **options: Any) -> Ac
         max_task_retries=-1,  # safe: every act has an idempotency key
         num_cpus=0,
         resources={"node:__internal_head__": 0.001},
+        runtime_env={"env_vars": dict(variables)} if variables else None,
     )
     actor.remote(url, **options)
-    return connect(Ledger(url).identity)
+    return connect(ledger.identity)
 
 
-def connect(ledger: str) -> AccountantClient:
-    """The client of this cluster's accountant, after checking that it keeps `ledger` and speaks our protocol."""
-    try:
-        handle = ray.get_actor(ACCOUNTANT, namespace=NAMESPACE)
-    except ValueError:
+def connect(ledger: str | None = None) -> AccountantClient:
+    """The client of this cluster's accountant, after checking that it speaks our protocol, and keeps `ledger`."""
+    handle = found()
+    if handle is None:
         raise UsageError(
-            "accountant: none runs in this Ray cluster; start runs with `purser train` or `tune`."
-        ) from None
+            "accountant: none runs in this Ray cluster; `purser accountant start` on its head node starts one, and "
+            "nothing was charged."
+        )
     client = AccountantClient(handle)
     described = client.describe()
-    if described != {"protocol": PROTOCOL, "ledger": ledger}:
+    spoken, kept = described.get("protocol"), described.get("ledger")
+    if spoken != PROTOCOL or ledger not in (None, kept):
         raise UsageError(
-            f"accountant: the one in this cluster speaks protocol {described.get('protocol')} over ledger "
-            f"{described.get('ledger')}; this job needs protocol {PROTOCOL} over {ledger}. Nothing was charged."
+            f"accountant: the one in this cluster speaks protocol {spoken} over ledger {kept}; this job needs protocol "
+            f"{PROTOCOL} over {ledger or kept}. `purser accountant start` replaces one of another version. Nothing was "
+            "charged."
         )
     return client
+
+
+def found() -> Any:
+    """The handle of this cluster's accountant, or None where there is none."""
+    try:
+        return ray.get_actor(ACCOUNTANT, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def stop() -> bool:
+    """End this cluster's accountant and wait until its name is free; whether there was one. The ledger has it all."""
+    handle = found()
+    if handle is not None:
+        ray.kill(handle)
+    while found() is not None:
+        time.sleep(0.05)
+    return handle is not None
 
 
 class AccountantClient:
@@ -178,6 +225,7 @@ class AccountantClient:
     def __init__(self, handle: Any, patience: float = 60.0) -> None:
         self._handle = handle
         self._patience = patience
+        self.described: dict[str, Any] | None = None
 
     def _call(self, method: str, *args: object) -> Any:
         deadline = time.monotonic() + self._patience
@@ -193,7 +241,9 @@ class AccountantClient:
                     ) from None
                 if not isinstance(cause, Unreachable) or time.monotonic() >= deadline:
                     raise type(cause)(*cause.args) from None
-            except (ActorDiedError, ActorUnavailableError, RayActorError, GetTimeoutError):
+            except (ActorDiedError, ActorUnavailableError, RayActorError, GetTimeoutError) as error:
+                if isinstance(error, ActorDiedError):
+                    self._succeed()
                 if time.monotonic() >= deadline:
                     raise Unreachable(
                         f"accountant: it did not answer {method} within {self._patience:.0f} s; the run stops, since "
@@ -201,14 +251,35 @@ class AccountantClient:
                     ) from None
             time.sleep(0.2)
 
+    def _succeed(self) -> None:
+        """Turn to the accountant that has replaced ours, where it keeps the same ledger in the same words."""
+        successor = found()
+        if successor is None or self.described is None:
+            return
+        try:
+            described = ray.get(successor.describe.remote(), timeout=10.0)
+        except (RayActorError, RayTaskError, GetTimeoutError):  # the call that waits comes back here
+            return
+        if all(described.get(key) == self.described.get(key) for key in ("protocol", "ledger")):
+            self._handle = successor
+
     def holding(self, holder: str) -> AbstractContextManager[None]:
         """Send heartbeats for the leases of `holder` for as long as the block runs and this process lives."""
         # One that is lost is made up for by the next.
         return repeated(lambda: self._handle.beat.remote(holder), BEAT, at_once=True)
 
     def describe(self) -> dict[str, Any]:
-        """Protocol version and ledger identity."""
-        return dict(self._call("describe"))
+        """See `Accountant.describe`."""
+        self.described = dict(self._call("describe"))
+        return self.described
+
+    def books(self, act: str, *arguments: Any) -> Any:
+        """What the `Books` of the accountant answer to `act`."""
+        return self._call("books", act, *arguments)
+
+    def leases(self, act: str, *arguments: Any) -> Any:
+        """What the `Leases` of the accountant answer to `act`."""
+        return self._call("leases", act, *arguments)
 
     def fits(self, charges: Sequence[Charge]) -> Answer:
         """See `Leases.fits`."""

@@ -91,11 +91,32 @@ class Books:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
 
+    @property
+    def place(self) -> str:
+        """Where they are kept, for people: without a password."""
+        return self.ledger.place
+
+    @property
+    def identity(self) -> str:
+        """See `Ledger.identity`."""
+        return self.ledger.identity
+
+    @property
+    def embedded(self) -> bool:
+        """Whether accounts are made as a job needs them: nobody else's books are in the file."""
+        return self.ledger.embedded
+
     def create(
-        self, dataset: Dataset, epsilon: float, delta: float, plans: Mapping[str, Sequence[Charge]], trials: int
+        self,
+        dataset: Dataset,
+        epsilon: float,
+        delta: float,
+        plans: Mapping[str, Sequence[Charge]],
+        trials: int,
+        nonce: str = "",
     ) -> list[Account]:
         """Make `dataset` and its accounts, all or none; the order of each is chosen from `plans` (account → the
-        charge of each candidate run).
+        charge of each candidate run). Who asks again after an uncertain answer gives the same `nonce`.
 
         Raises:
             UsageError: bad numbers, an account that exists already, or a source that belongs to another dataset.
@@ -114,7 +135,7 @@ class Books:
         if not named:
             raise UsageError(f"account: {dataset.name!r} was given; a name has no ':' and nothing unprintable in it.")
         chosen = {a: orders.choose(orders.order_table(epsilon, delta, plans[a], trials)) for a in dataset.accounts()}
-        nonce = secrets.token_hex(8)  # an uncertain commit is done again, and must know its own work
+        nonce = nonce or secrets.token_hex(8)  # an uncertain commit is done again, and must know its own work
         return self.ledger.write(lambda draft: self._create(draft, dataset, epsilon, delta, chosen, nonce))
 
     def _create(

@@ -21,7 +21,7 @@ from cluster.accounting.mechanisms import STEPS_BOUNDS, Charge, whole
 from cluster.accounting.views import Draft, View
 from cluster.errors import PurserError, UsageError
 
-PROTOCOL = 4  # of the calls between a run and its accountant; both sides must speak the same
+PROTOCOL = 5  # of the calls between a run and its accountant; both sides must speak the same
 CLOSING = ("settle", "release", "expire")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
