@@ -37,8 +37,8 @@ METRICS = {"correct": 300, "wrong": 60, "accuracy": 0.8333, "accuracy_error": 0.
 def ran(accuracies):
     """In place of Ray: pay, and let every candidate come to an accuracy."""
 
-    def run(job, order, books, lease, name, folder, screen):
-        leases = Leases(books)
+    def run(job, order, desk, lease, name, folder, screen):
+        leases = Leases(desk.books)
         epoch = leases.open(lease, "nonce").epoch
         for account in ACCOUNTS:
             assert leases.authorise(lease, epoch, account, 1)
