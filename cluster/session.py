@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.environment import HOME, LEDGER, NAMESPACE, home, ledger_file, ledger_url
+from cluster.environment import HOME, LEDGER, NAMESPACE, cluster_address, home, ledger_file, ledger_url
 from cluster.errors import UsageError
 
 CPUS_PER_WORKER = 0.5  # two trials of two workers on two cores; the drivers ask for none
@@ -24,9 +24,11 @@ def cpus() -> int:
 
 def groups_at_once(workers: int) -> int:
     """How many worker groups of so many workers this Ray holds, at least one."""
-    import ray
+    cores: float = cpus()
+    if cluster_address() is not None:
+        import ray
 
-    cores = ray.cluster_resources().get("CPU", 0.0) if ray.is_initialized() else cpus()
+        cores = ray.cluster_resources().get("CPU", 0.0)
     return max(1, int(cores / (workers * CPUS_PER_WORKER)))
 
 
