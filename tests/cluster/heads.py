@@ -16,6 +16,7 @@ import urllib.request
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]  # an environment may lack the command
 
 
 def free_port() -> int:
@@ -45,7 +46,7 @@ class Head:
         log = open(self.folder / "head.log", "wb")  # noqa: SIM115 (the process has it)
         self._process = subprocess.Popen(
             [
-                BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
+                *RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
                 f"--num-cpus={cpus}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
                 f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
                 "--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={self.folder}", "--disable-usage-stats",

@@ -8,7 +8,7 @@ import json
 import subprocess
 
 import pytest
-from heads import BIN, Head
+from heads import BIN, RAY, Head
 from product import DIGITS, Ended, Purser
 
 from cluster.accounting.books import Books
@@ -172,7 +172,7 @@ def test_a_plain_ray_job_submit_works_too_and_an_older_accountant_is_replaced(cl
     folder = cluster.laptop.folder / "jobs"
     folder.mkdir()
     (folder / "digits.yaml").write_text(DIGITS.read_text())
-    command = [BIN / "ray", "job", "submit", "--address", cluster.head.address, "--working-dir", folder, "--"]
+    command = [*RAY, "job", "submit", "--address", cluster.head.address, "--working-dir", folder, "--"]
     plain = subprocess.run(
         [*command, "purser", "train", "digits.yaml", *TINY, "--json"],
         cwd=folder,
