@@ -123,8 +123,6 @@ def commands_of_purser() -> list[str]:
     return listed + quoted + lines
 
 
-# Strict, so that the merge of these commands asks for this mark's removal.
-@pytest.mark.xfail(strict=True, reason="`purser submit`, `accountant start`, `budget --address` are not in this tree")
 def test_the_commands_of_purser_exist():
     found = commands_of_purser()
     assert {"accountant", "budget", "submit", "tune"} <= {command.split()[0] for command in found}
