@@ -11,9 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-# `python -m purser` puts the folder one stands in first; a `training.py` or `cluster/` there must not pass for ours.
-if sys.path and Path(sys.path[0] or ".").resolve() == Path.cwd() != Path(__file__).resolve().parent:
-    sys.path.pop(0)
+# `python -m purser`, and Ray for a job's working folder, put the folder one stands in first; a `training.py` or
+# `cluster/` there must not pass for ours.
+if Path.cwd() != Path(__file__).resolve().parent:
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path.cwd()]
 
 import typer
 
@@ -42,6 +43,9 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that override the job file's.")
 ]
 AccountName = Annotated[str, typer.Argument(metavar="ACCOUNT", help="digits/train; digits alone means digits/train.")]
+Name = Annotated[
+    str | None, typer.Option(metavar="NAME", help="What it is called; the same job under the same name goes on.")
+]
 Base = Annotated[
     str | None, typer.Option(metavar="MODEL", help="The model that an adapter is for, if not where its job had it.")
 ]
@@ -75,14 +79,16 @@ def _job(path: Path, overrides: list[str] | None, elsewhere: bool = False) -> An
     return load(SweepJob, path.absolute(), overrides or [], elsewhere=elsewhere)
 
 
-def _chosen(job: Path | None, overrides: list[str] | None, resume: str | None, what: str) -> Any:
+def _chosen(job: Path | None, overrides: list[str] | None, resume: str | None, what: str, name: str | None) -> Any:
     """The job of a file, or the one that a run or sweep began with."""
+    if resume is not None and name is not None:
+        raise UsageError(f"--name: with --resume {what} it has its name; leave one of them out.")
     if (job is None) == (resume is None):
         raise UsageError(f"JOB: give a job file, or --resume {what} alone.")
     if resume is None:
         assert job is not None
         return _job(job, overrides)
-    from training.command import resumed
+    from training.folder import resumed
     from tuning.config import SweepJob
 
     return resumed(SweepJob, resume)
@@ -161,11 +167,12 @@ def train(
     overrides: Overrides = None,
     rehearse: Annotated[bool, typer.Option(help="Synthetic inputs only; nothing is charged.")] = False,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run that did not complete.")] = None,
+    name: Name = None,
     as_json: Json = False,
 ) -> None:
     """One private run under a lease."""
     screen = Screen(as_json)
-    whole = _chosen(job, overrides, resume, "RUN")
+    whole = _chosen(job, overrides, resume, "RUN", name)
     from training.command import rehearse as rehearsal
     from training.command import run
     from tuning.plan import planned
@@ -173,7 +180,7 @@ def train(
     if rehearse and resume is None:
         screen.result(rehearsal(whole.plain, screen))
         return
-    _finish(screen, run(whole.plain, planned(whole), whole.tuning.trials, screen, resume))
+    _finish(screen, run(whole.plain, planned(whole), whole.tuning.trials, screen, resume, name))
 
 
 @app.command()
@@ -181,11 +188,12 @@ def tune(
     job: OptionalJob = None,
     overrides: Overrides = None,
     resume: Annotated[str | None, typer.Option(metavar="SWEEP", help="Go on with an interrupted sweep.")] = None,
+    name: Name = None,
     as_json: Json = False,
 ) -> None:
     """A private hyper-parameter sweep; every trial is admitted by the accountant or refused."""
     screen = Screen(as_json)
-    whole = _chosen(job, overrides, resume, "SWEEP")
+    whole = _chosen(job, overrides, resume, "SWEEP", name)
     if resume is None:
         whole.corners()  # a space that holds an impossible run is found before anything heavy is imported
     if whole.tuning.mode == "select":
@@ -193,7 +201,7 @@ def tune(
     else:
         from tuning.command import tune as sweep
 
-    _finish(screen, sweep(whole, screen, resume))
+    _finish(screen, sweep(whole, screen, resume, name))
 
 
 @app.command()
@@ -273,7 +281,9 @@ def submit(
     requirements: Annotated[
         Path | None, typer.Option(metavar="FILE", help="package==version lines that the job's processes need.")
     ] = None,
-    entrypoint_num_cpus: Annotated[float, typer.Option(help="0 runs the command on the head, more on any node.")] = 0,
+    entrypoint_num_cpus: Annotated[
+        float | None, typer.Option(help="0 runs the command on the head, more on any node; 1 where the head has none.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--follow", help="Until the job has ended, and with its exit code.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -85,8 +85,11 @@ def new_name(account: str) -> str:
     return f"{account}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def run_folder(name: str, *, new: bool = False) -> Path:
+def run_folder(name: str, *, new: bool = False, again: bool = False) -> Path:
     """The folder of the run or sweep called `name`, owner-only.
+
+    Args:
+        new: it is made; with `again`, it may be there.
 
     Raises:
         UsageError: `name` is no plain name, or (unless `new`) no such run is there.
@@ -96,7 +99,7 @@ def run_folder(name: str, *, new: bool = False) -> Path:
     folder = home() / "runs" / name
     if new:
         try:
-            folder.mkdir(mode=0o700, parents=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=again)
         except OSError as error:
             raise UsageError(f"RUN: {folder} cannot be made ({error.strerror}); check the disk and {HOME}.") from None
     elif not folder.is_dir():

@@ -105,18 +105,22 @@ class Work:
     metadata: Mapping[str, str]
 
 
-def submit(address: str, work: Work, pip: Sequence[str], cpus: float, screen: Screen, wait: bool) -> dict[str, Any]:
+def submit(
+    address: str, work: Work, pip: Sequence[str], cpus: float | None, screen: Screen, wait: bool
+) -> dict[str, Any]:
     """Hand a run or a sweep over; with `wait`, show what it says until it has ended.
 
     Args:
         pip: packages, with their versions, that its processes need beside the cluster's own.
-        cpus: see `JobServer.submit`.
+        cpus: see `JobServer.submit`; None for one CPU where the head node offers none.
 
     Raises:
         PurserError: with `wait`, what the job ended with.
     """
     server = JobServer(address)
     environment = {**_WIDTH, "pip": list(pip)} if pip else dict(_WIDTH)
+    if cpus is None:
+        cpus = 0 if server.head_works() else 1
     made, before = server.submit([*work.words, "--json"], work.job, work.name, work.metadata, environment, cpus)
     if before:
         screen.say(f"Submission {made.submission_id} was handed over before and is {made.status}.")

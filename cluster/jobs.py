@@ -140,6 +140,13 @@ class JobServer:
                 ) from None
         return self.status(made), False
 
+    def head_works(self) -> bool:
+        """Whether the head node offers CPUs; one that offers none is to run nothing."""
+        from ray.util.state import list_nodes
+
+        nodes = self._answered(lambda: list_nodes(address=self.address, detail=True, limit=10_000))
+        return any(node.is_head_node and node.resources_total.get("CPU") for node in nodes)
+
     def status(self, name: str) -> Submission:
         """How the submission called `name` stands."""
         info = self._answered(self._client.get_job_info, name, name=name)

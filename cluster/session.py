@@ -11,15 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.environment import HOME, LEDGER, NAMESPACE, cluster_address, home, ledger_file, ledger_url
+from cluster.environment import HOME, LEDGER, NAMESPACE, ROOTS, cluster_address, home, ledger_file, ledger_url
 from cluster.errors import UsageError
-
-CPUS_PER_WORKER = 0.5  # two trials of two workers on two cores; the drivers ask for none
 
 
 def cpus() -> int:
     """The cores this machine gives us, at least two."""
     return max(2, len(os.sched_getaffinity(0)))
+
+
+def cpus_per_worker() -> float:
+    """What one worker asks for: a core of a cluster; on this machine half of one, so that two trials of two workers run
+    on two cores. The small drivers ask for none."""
+    return 0.5 if cluster_address() is None else 1.0
 
 
 def groups_at_once(workers: int) -> int:
@@ -29,7 +33,7 @@ def groups_at_once(workers: int) -> int:
         import ray
 
         cores = ray.cluster_resources().get("CPU", 0.0)
-    return max(1, int(cores / (workers * CPUS_PER_WORKER)))
+    return max(1, int(cores / (workers * cpus_per_worker())))
 
 
 def environment() -> dict[str, str]:
@@ -57,6 +61,7 @@ def join(address: str) -> str:
     Raises:
         UsageError: there is none, it does not answer, or it wants a token that this process does not have.
     """
+    _check_working_folder()
     variables = {name: value for name, value in environment().items() if name != LEDGER}
     os.environ.update(variables, RAY_OVERRIDE_JOB_RUNTIME_ENV="1")  # a job may have been sent with some of these
     import ray
@@ -83,6 +88,20 @@ def join(address: str) -> str:
             "http://HEAD:8265 where the command takes it."
         )
     return str(context.dashboard_url)
+
+
+def _check_working_folder() -> None:
+    """Ray puts a job's working folder ahead of site-packages on its workers."""
+    folder = Path.cwd()
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ or Path(__file__).resolve().parent.parent == folder.resolve():
+        return
+    for root in ROOTS:
+        for name in (f"{root}.py", f"{root}/__init__.py"):
+            if (folder / name).exists():
+                raise UsageError(
+                    f"working_dir: {name} in the job's working folder would be imported in place of ours on every "
+                    "worker; rename it, or hand the job over with purser submit. Nothing was charged."
+                )
 
 
 @contextmanager

@@ -5,10 +5,8 @@ Joins books, Ray session and driver; shows progress as the ledger knows it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 from cluster import environment
@@ -25,14 +23,22 @@ from training import release
 from training.admission import admit, what_would_fit
 from training.config import Job
 from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Outcome, charged, train
-from training.jobfile import J, parse
+from training.folder import marked, opened
 from training.metrics import by_group, in_words
 
 
 def run(
-    job: Job, plans: Mapping[str, Sequence[Charge]], trials: int, screen: Screen, resume: str | None = None
+    job: Job,
+    plans: Mapping[str, Sequence[Charge]],
+    trials: int,
+    screen: Screen,
+    resume: str | None = None,
+    name: str | None = None,
 ) -> dict[str, Any]:
     """Run `job` once under a lease, or go on with the run called `resume`; returns the contract's keys.
+
+    Args:
+        name: see `folder.opened`.
 
     Raises:
         UsageError: the job does not fit its account or the run to be resumed; nothing was charged.
@@ -40,15 +46,14 @@ def run(
     desk = open_desk()
     books, leases = desk.books, desk.leases
     accounts, made = admit(books, job, plans, trials)
-    name = resume or environment.new_name(job.account)
-    folder = environment.run_folder(name, new=resume is None)
+    name, folder = opened(job, resume, name)
     alive = environment.Alive(name)
-    if resume is not None and not leases.known(resume):
+    begun = leases.known(name)
+    if resume is not None and not begun:
         raise UsageError(
             f"RUN: {resume} never held a lease, so there is nothing to go on with; start a new run (a sweep goes on "
             "with purser tune --resume)."
         )
-    (folder / "job.json").write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
     greet(screen, books.place, accounts, made)
     planned = job.training.steps
     result = {
@@ -63,9 +68,9 @@ def run(
         "release": None,
         "why": "",
     }
-    if resume is not None and leases.settled(resume):
-        raise UsageError(f"RUN: {resume} is complete and settled; start a new run.")
-    if resume is None:
+    if begun and leases.settled(name):
+        raise UsageError(f"RUN: {name} is complete and settled; start a new run.")
+    if not begun:
         refusal = refused(leases, job, name, accounts)
         if refusal:
             return {**result, "why": refusal}
@@ -77,7 +82,8 @@ def run(
         with desk.ray(folder) as (client, dashboard):
             screen.say(f"Ray is up, its dashboard is at http://{dashboard}; the workers are starting.")
             with client.holding(name), progress(screen, books, job.accounts[0], name, planned):
-                outcome = train(client, books.identity, job, name, name, folder, everywhere=everywhere)
+                mark = marked(folder)
+                outcome = train(client, books.identity, job, name, name, folder, mark, everywhere=everywhere)
             cost = charged(client, job, name)
     result |= {"status": outcome.status, "authorised_steps": cost.steps, "epsilon_of_run": cost.epsilon}
     result |= {"metrics": outcome.metrics, "rungs": release.kept_rungs(folder), "why": outcome.why}
@@ -171,17 +177,3 @@ def rehearse(job: Job, screen: Screen) -> dict[str, Any]:
         "release": None,
         "rehearsal": vars(seen),
     }
-
-
-def resumed(kind: type[J], name: str) -> J:
-    """The job of the run called `name`, as it was resolved when it started.
-
-    Raises:
-        UsageError: no such run, or it holds no job.
-    """
-    folder: Path = environment.run_folder(name)
-    try:
-        raw = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UsageError(f"RUN: {name} holds no job.json; it cannot be resumed, start a new run.") from None
-    return parse(kind, raw)

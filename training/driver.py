@@ -17,7 +17,7 @@ from cluster.accounting.books import Account, Books
 from cluster.environment import code_hash
 from cluster.errors import PurserError, without_content
 from cluster.files import write_whole
-from cluster.session import CPUS_PER_WORKER
+from cluster.session import cpus_per_worker
 from training.config import Job
 from training.metrics import RELEASED
 from training.release import left, rung_folder
@@ -76,10 +76,14 @@ def train(
     lease: str,
     by: str,
     folder: Path,
+    mark: tuple[str, str],
     callbacks: Sequence[Any] = (),
     everywhere: Everywhere | None = None,
 ) -> Outcome:
     """Run `job` under `lease`, held by the command `by`; weights and checkpoints go to `folder`. See `prepared_for`.
+
+    Args:
+        mark: of the command's own folder, see `folder.check_shared`.
 
     The lease is closed whatever happens: settled when the run completed, else released, so that it may be resumed.
     """
@@ -91,7 +95,7 @@ def train(
     try:
         # Kept before the lease is settled: whoever goes on must know.
         prepared = prepared_for(client, job, everywhere)
-        outcome = _fit(ledger, job, lease, folder, prepared, callbacks).keep(folder)
+        outcome = _fit(ledger, job, lease, folder, mark, prepared, callbacks).keep(folder)
     finally:
         client.close(lease, outcome.closing, outcome.status)
     return outcome
@@ -109,7 +113,9 @@ def prepared_for(client: AccountantClient, job: Job, everywhere: Everywhere | No
     return prepare(job, *keys, everywhere or one_by_one)
 
 
-def _fit(ledger: str, job: Job, lease: str, folder: Path, prepared: Path, callbacks: Sequence[Any]) -> Outcome:
+def _fit(
+    ledger: str, job: Job, lease: str, folder: Path, mark: tuple[str, str], prepared: Path, callbacks: Sequence[Any]
+) -> Outcome:
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from training.worker import train_worker
@@ -119,6 +125,7 @@ def _fit(ledger: str, job: Job, lease: str, folder: Path, prepared: Path, callba
         "lease": lease,
         "ledger": ledger,
         "folder": str(folder),
+        "mark": mark,
         "prepared": str(prepared),
         "code": code_hash(),
     }
@@ -155,7 +162,7 @@ def group_trainer(
         train_loop_config=dict(config),
         scaling_config=ScalingConfig(
             num_workers=config["job"]["training"]["workers"],
-            resources_per_worker={"CPU": CPUS_PER_WORKER},
+            resources_per_worker={"CPU": cpus_per_worker()},
             use_gpu=False,
         ),
         torch_config=TorchConfig(backend="gloo", timeout_s=300),

@@ -27,6 +27,7 @@ from training.encoding import Encoding
 from training.engine.sampling import Shard
 from training.engine.trainer import PrivateTrainer
 from training.evaluation import PublicRecords, judged
+from training.folder import check_shared
 from training.jobfile import parse
 from training.metrics import only_public
 from training.models import rehearsed
@@ -70,13 +71,15 @@ class Rank:
 
     @staticmethod
     def arrived(config: dict[str, Any]) -> Rank:
-        """This worker, after checking that it would run what the driver runs; no record has been read."""
+        """This worker, after checking that it would run what the driver runs, in the folder that the driver works in;
+        no record has been read."""
         context = ray.train.get_context()
         if code_hash() != config["code"]:
             raise UsageError(
                 "import: this worker would run other code than the driver (another version, or a file named like one "
                 "of our packages); install the same purser on every node. Nothing was charged."
             )
+        check_shared(*config["mark"])
         job = parse(Job, config["job"])
         client = connect(config["ledger"])
         return Rank(

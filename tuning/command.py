@@ -20,17 +20,30 @@ from training import release
 from training.admission import admit, what_would_fit
 from training.command import greet, progress
 from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Outcome, charged, prepared_for
+from training.folder import opened
 from tuning.config import SweepJob, cheapest
 from tuning.display import sweep_table
 from tuning.final import Final
 from tuning.plan import planned
 from tuning.report import sweep_report, write_report
 from tuning.search import proposals
-from tuning.trials import Trial, keep_candidates, lease_of, nothing_left, refuse_rest, trial_folder, trials_of
+from tuning.trials import (
+    CANDIDATES,
+    Trial,
+    keep_candidates,
+    lease_of,
+    nothing_left,
+    refuse_rest,
+    trial_folder,
+    trials_of,
+)
 
 
-def tune(job: SweepJob, screen: Screen, resume: str | None = None) -> dict[str, Any]:
+def tune(job: SweepJob, screen: Screen, resume: str | None = None, name: str | None = None) -> dict[str, Any]:
     """Run the sweep of `job`, or go on with the sweep called `resume`; returns the contract's keys.
+
+    Args:
+        name: see `folder.opened`.
 
     Raises:
         UsageError: the job, its space or its source is not what the account allows, or there is no such sweep; nothing
@@ -42,11 +55,9 @@ def tune(job: SweepJob, screen: Screen, resume: str | None = None) -> dict[str, 
     accounts, made = admit(books, job.plain, plans, job.tuning.trials)
     orders = [account.order for account in accounts]
     job.corners(orders[0])  # where a field is auto, it can be solved everywhere
-    name = resume or environment.new_name(job.account)
-    folder = environment.run_folder(name, new=resume is None)
+    name, folder = opened(job, resume, name)
     alive = environment.Alive(name)
-    if resume is None:
-        (folder / "job.json").write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    if resume is None and not (folder / CANDIDATES).exists():
         keep_candidates(folder, [] if job.tuning.search == "optuna" else list(proposals(job, orders[0])))
     trials = trials_of(job, name, folder)
     greet(screen, books.place, accounts, made)

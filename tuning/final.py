@@ -17,6 +17,7 @@ from cluster.accounting.leases import Leases
 from cluster.errors import PurserError
 from cluster.files import write_whole
 from training.driver import FAILED, REFUSED, Outcome, train
+from training.folder import marked
 from training.metrics import in_words
 from tuning.config import SweepJob, dearest
 from tuning.trials import Trial, best_of, said
@@ -110,7 +111,7 @@ class Final:
             return
         tell(f"final run: trial {best.number}'s  {said(best.values)}  for {final.job.training.steps} steps")
         try:
-            outcome = train(client, ledger, final.job, final.lease, self._name, self.folder)
+            outcome = train(client, ledger, final.job, final.lease, self._name, self.folder, marked(self._folder))
         except PurserError as error:
             outcome = Outcome(FAILED, why=str(error)).keep(self.folder)
         figure = f", {in_words(outcome.metrics)}" if outcome.metrics else ""

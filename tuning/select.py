@@ -28,6 +28,7 @@ from training.admission import admit
 from training.command import greet
 from training.config import Job
 from training.driver import COMPLETED, FAILED, REFUSED, Charged, Outcome, charged, group_trainer, prepared_for, reason
+from training.folder import marked, opened
 from training.metrics import in_words
 from tuning.config import SweepJob
 from tuning.plan import make, planned
@@ -60,8 +61,11 @@ class Winner:
             return None
 
 
-def select(job: SweepJob, screen: Screen, resume: str | None = None) -> dict[str, Any]:
+def select(job: SweepJob, screen: Screen, resume: str | None = None, name: str | None = None) -> dict[str, Any]:
     """Run the selection of `job`, or go on with the one called `resume`; returns the contract's keys.
+
+    Args:
+        name: see `folder.opened`.
 
     Raises:
         UsageError: the job, its space or its source is not what the account allows, or there is no such sweep; nothing
@@ -70,11 +74,8 @@ def select(job: SweepJob, screen: Screen, resume: str | None = None) -> dict[str
     desk = open_desk()
     books, leases = desk.books, desk.leases
     accounts, made = admit(books, job.plain, planned(job), job.tuning.trials)
-    name = resume or environment.new_name(job.account)
-    folder = environment.run_folder(name, new=resume is None)
+    name, folder = opened(job, resume, name)
     alive = environment.Alive(name)
-    if resume is None:
-        (folder / "job.json").write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
     greet(screen, books.place, accounts, made)
     order = accounts[0].order
     leases.expire_dead()
@@ -169,6 +170,7 @@ def _groups(
         "order": order,
         "ledger": ledger,
         "folder": str(folder),
+        "mark": marked(folder),
         "prepared": str(prepared),
         "code": environment.code_hash(),
     }

@@ -40,7 +40,9 @@ def submission(job: SweepJob | None, command: str | None, resume: str | None, na
         job.corners()
     shipped = job.model_dump(mode="json")
     words = [command, JOB]
-    return Work(words, shipped, submission_id(job.account, words, shipped, name), _metadata(job, command))
+    made = submission_id(job.account, words, shipped, name)
+    # Under this name it goes on, should the cluster have lost the job but not the ledger.
+    return Work([*words, "--name", made], shipped, made, _metadata(job, command))
 
 
 def _metadata(job: SweepJob, command: str) -> dict[str, str]:

@@ -20,6 +20,7 @@ from cluster.accounting.answers import explain
 from cluster.errors import PurserError, without_content
 from cluster.session import groups_at_once
 from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Outcome, train
+from training.folder import check_shared, marked
 from training.jobfile import parse
 from training.metrics import ACCURACY, LOSS, RELEASED, figure, in_words, only_public
 from tuning.config import SweepJob, cheapest
@@ -82,12 +83,15 @@ class Halving(ASHAScheduler):
         return action
 
 
-def run_trial(config: dict[str, Any], *, job: dict[str, Any], sweep: str, folder: str, ledger: str) -> None:
+def run_trial(
+    config: dict[str, Any], *, job: dict[str, Any], sweep: str, folder: str, mark: tuple[str, str], ledger: str
+) -> None:
     """The Tune trainable: the small driver of one Ray Train run. The lease is asked for again here, where it counts:
     retries and restores of Tune pass by the searcher."""
     number = config["number"]
     lease = lease_of(sweep, number)
     try:
+        check_shared(*mark)
         outcome = train(
             connect(ledger),
             ledger,
@@ -95,6 +99,7 @@ def run_trial(config: dict[str, Any], *, job: dict[str, Any], sweep: str, folder
             lease,
             sweep,
             trial_folder(Path(folder), number),
+            mark,
             callbacks=[Reports()],
         )
     except PurserError as error:
@@ -160,6 +165,7 @@ class Sweep(tune.Callback):
             job=job.model_dump(mode="json"),
             sweep=self._name,
             folder=str(self._folder),
+            mark=marked(self._folder),
             ledger=self._ledger,
         )
         tuner = tune.Tuner(

@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
+from cluster.accounting import remote
 from cluster.accounting.answers import Answer
 from cluster.accounting.books import Account, Books
 from cluster.accounting.leases import PROTOCOL, Attempt, Grant, Leases
@@ -84,12 +85,14 @@ class Accountant:
         }
 
     def books(self, act: str, *arguments: Any) -> Any:
-        """What `Books` answers to `act`; whole, since an iterator does not travel."""
+        """What `Books` answers to `act`, one of `remote.BOOKS`; whole, since an iterator does not travel."""
+        _check_act(act, remote.BOOKS)
         answer = getattr(self._books, act)(*arguments)
         return list(answer) if isinstance(answer, Iterator) else answer
 
     def leases(self, act: str, *arguments: Any) -> Any:
-        """What `Leases` answers to `act`."""
+        """What `Leases` answers to `act`, one of `remote.LEASES`."""
+        _check_act(act, remote.LEASES)
         return getattr(self._leases, act)(*arguments)
 
     def beat(self, holder: str) -> None:
@@ -145,6 +148,11 @@ class Accountant:
 
     def __repr__(self) -> str:
         return "Accountant(purser)"
+
+
+def _check_act(act: str, known: frozenset[str]) -> None:
+    if act not in known:
+        raise UsageError(f"accountant: it has no act {act!r}; it answers {', '.join(sorted(known))}.")
 
 
 def start(

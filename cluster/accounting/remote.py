@@ -16,6 +16,15 @@ from cluster.accounting.leases import Attempt, Grant, Hold, Leases
 from cluster.accounting.mechanisms import Charge
 from cluster.accounting.verify import Verdict
 
+# What the accountant answers beside its own calls; nothing else of `Books` and `Leases` can be asked for.
+BOOKS = frozenset(
+    {
+        *("create", "exists", "names", "registered", "show", "last_run", "history", "charged", "verify"),
+        *("partition_key", "source_key"),
+    }
+)
+LEASES = frozenset({"close", "known", "settled", "holds", "expire_dead"})
+
 
 class RemoteBooks(Books):
     """`Books` of the accountant's ledger.

@@ -36,7 +36,7 @@ from cluster import environment
 from cluster.accounting.books import Books
 from cluster.accounting.ledger import Ledger
 from cluster.screen import Screen
-from cluster.session import CPUS_PER_WORKER, groups_at_once, local_ray
+from cluster.session import cpus_per_worker, groups_at_once, local_ray
 from tests.benchmarks import main
 from training.admission import admit
 from training.config import Job
@@ -157,7 +157,7 @@ def bare_trial(config: dict[str, Any], *, job: dict[str, Any], folder: str) -> N
         bare_worker,
         train_loop_config={"job": candidate.model_dump(mode="json"), "folder": str(mine)},
         scaling_config=ScalingConfig(
-            num_workers=candidate.training.workers, resources_per_worker={"CPU": CPUS_PER_WORKER}, use_gpu=False
+            num_workers=candidate.training.workers, resources_per_worker={"CPU": cpus_per_worker()}, use_gpu=False
         ),
         torch_config=TorchConfig(backend="gloo", timeout_s=300),
         run_config=RunConfig(

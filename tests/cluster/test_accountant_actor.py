@@ -14,7 +14,7 @@ from actors import end_accountant
 from ray import cloudpickle
 
 from cluster.accounting import actor as actor_module
-from cluster.accounting.actor import Accountant, AccountantClient, connect, start
+from cluster.accounting.actor import Accountant, AccountantClient, connect, start, stop
 from cluster.accounting.books import Books, Dataset
 from cluster.accounting.leases import PROTOCOL
 from cluster.accounting.ledger import Ledger, init
@@ -62,6 +62,13 @@ class DiesBeforeCommit(Accountant):
 
         self._dialect.do_commit = die
         return super().authorise(lease, epoch, account, block)
+
+
+class Known(Accountant):
+    """Says which process it is."""
+
+    def pid(self):
+        return os.getpid()
 
 
 def make(url):
@@ -210,6 +217,36 @@ def test_the_wrong_ledger_or_protocol_is_refused(sqlite, ray_session, tmp_path, 
         connect(Ledger(sqlite).identity)
 
 
+def test_nothing_but_what_is_listed_can_be_asked_for(sqlite, ray_session):
+    client = start(sqlite)
+    assert client.books("names") == ["d/train", "d/validation"]
+    for ask in (client.books, client.leases):
+        for act in ("ledger", "__class__", "__init__", "reserve", "close_all"):
+            with pytest.raises(UsageError, match=f"no act '{act}'"):
+                ask(act)
+
+
+def test_an_accountant_that_is_replaced_is_followed(sqlite, ray_session):
+    """By who holds a lease (P4): to the new one, if it keeps the same ledger in the same words, and to no other."""
+    client, books = start(sqlite), Books(Ledger(sqlite))
+    assert client.reserve("run", "run", [STEPS]).fits
+    attempt = client.open("run", "nonce", 0)
+    assert client.authorise("run", attempt.epoch, "d/train", 1)
+    assert stop()
+    start(sqlite)
+    assert client.authorise("run", attempt.epoch, "d/train", 2)
+    assert [row["block"] for row in books.history("d/train") if row["kind"] == "authorise"] == [1, 2]
+    other = sqlite.replace("ledger", "other")
+    init(other)
+    assert stop()
+    start(other)
+    hasty = AccountantClient(client._handle, patience=2.0)
+    hasty.described = client.described
+    with pytest.raises(Unreachable):
+        hasty.authorise("run", attempt.epoch, "d/train", 3)
+    assert len([row for row in books.history("d/train") if row["kind"] == "authorise"]) == 2
+
+
 def test_no_accountant_no_training(sqlite, ray_session):
     with pytest.raises(UsageError, match="none runs"):
         connect(Ledger(sqlite).identity)
@@ -227,11 +264,15 @@ def test_a_silent_accountant_fails_closed(ray_session):
 
 
 def test_an_accountant_without_its_ledger_grants_nothing(sqlite, ray_session, home):
-    client = start(sqlite)
+    client = start(sqlite, Known)
+    handle = ray_session.get_actor(ACCOUNTANT, namespace=NAMESPACE)
+    process = ray_session.get(handle.pid.remote())
     (home / "ledger.db").unlink()
     for left in home.glob("ledger.db-*"):
         left.unlink()
-    ray_session.kill(ray_session.get_actor(ACCOUNTANT, namespace=NAMESPACE), no_restart=False)
+    ray_session.kill(handle, no_restart=False)
+    while Path(f"/proc/{process}").exists():  # it has the file open still
+        time.sleep(0.05)
     with pytest.raises(PurserError):
         client.reserve("run", "me", [STEPS, HISTOGRAM])
 

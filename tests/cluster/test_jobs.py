@@ -47,8 +47,8 @@ def test_the_same_work_has_the_same_name_and_other_work_another(monkeypatch):
 def test_the_planned_price_goes_along_and_touches_no_data(home):
     job = load(SweepJob, DIGITS, [*TABLE, "data.source=/nowhere/at/all.csv"], elsewhere=True)
     tune, train = submission(job, None, None, ""), submission(job, "train", None, "")
-    assert tune.words == ["tune", "job.json"]
-    assert train.words == ["train", "job.json"]
+    assert tune.words == ["tune", "job.json", "--name", tune.name]
+    assert train.words == ["train", "job.json", "--name", train.name]
     assert tune.name != train.name
     assert all(isinstance(value, str) for value in tune.metadata.values())
     assert tune.metadata["account"] == "digits"

@@ -25,6 +25,7 @@ from training.data import DIGITS as DIGITS_SOURCE
 from training.engine.bookkeeping import BookKeepingHooks
 from training.engine.trainer import PrivateTrainer
 from training.evaluation import judged
+from training.folder import marked
 from training.jobfile import load
 from training.metrics import ACCURACY
 from training.models import rehearsed
@@ -103,6 +104,7 @@ class Desk:
                 "lease": "run",
                 "ledger": self.ledger.identity,
                 "folder": str(self.folder),
+                "mark": marked(self.folder),
                 "prepared": str(self.prepared()),
                 "code": code_hash(),
                 **config,
@@ -241,6 +243,8 @@ def test_a_fenced_worker_cannot_go_on(desk, monkeypatch):
 def test_other_code_or_other_data_is_found_before_any_charge(desk, monkeypatch):
     with pytest.raises(PurserError, match="other code"):
         desk.train(code="0" * 64)
+    with pytest.raises(PurserError, match="PURSER_HOME on storage that all of them share"):
+        desk.train(mark=(str(desk.folder), "0" * 32))
     for wrong, said in (
         (prepare(desk.job, "00" * 32, desk.books.partition_key("digits")), "its content changed"),
         (prepare(desk.job, desk.books.source_key(), "00" * 32), "is not what the job says"),

@@ -48,7 +48,7 @@ class AtHome(Accountant):
 class Trainable(tune.Trainable):
     """Pays for its blocks and trains nothing; Tune keeps its process for the trials that follow."""
 
-    def setup(self, config, job, sweep, folder, ledger):
+    def setup(self, config, job, sweep, folder, mark, ledger):
         self._given = job, sweep, folder, ledger
         self.begin(config)
 

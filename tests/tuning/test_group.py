@@ -21,6 +21,7 @@ from training import worker
 from training.admission import admit
 from training.config import Job
 from training.engine.trainer import PrivateTrainer
+from training.folder import marked
 from training.jobfile import load
 from training.preparation import prepare
 from tuning import group
@@ -87,6 +88,7 @@ class Desk:
                 "order": self.order,
                 "ledger": self.ledger.identity,
                 "folder": str(self.home),
+                "mark": marked(self.home),
                 "prepared": str(prepare(self.job.plain, self.books.source_key(), self.books.partition_key("digits"))),
                 "code": code_hash(),
                 **changes,
