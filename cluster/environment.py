@@ -19,6 +19,7 @@ from cluster.errors import UsageError
 
 HOME = "PURSER_HOME"
 LEDGER = "PURSER_LEDGER"
+CPUS = "PURSER_CPUS_PER_WORKER"
 ADDRESS = "RAY_ADDRESS"  # Ray's own
 NAMESPACE = "purser"
 ACCOUNTANT = "accountant"

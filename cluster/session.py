@@ -7,11 +7,12 @@ The process moves to the run's folder first: Ray puts the driver's folder ahead 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.environment import HOME, LEDGER, NAMESPACE, ROOTS, cluster_address, home, ledger_file, ledger_url
+from cluster.environment import CPUS, HOME, LEDGER, NAMESPACE, ROOTS, cluster_address, home, ledger_file, ledger_url
 from cluster.errors import UsageError
 
 
@@ -21,19 +22,54 @@ def cpus() -> int:
 
 
 def cpus_per_worker() -> float:
-    """What one worker asks for: a core of a cluster; on this machine half of one, so that two trials of two workers run
-    on two cores. The small drivers ask for none."""
-    return 0.5 if cluster_address() is None else 1.0
+    """What one worker asks Ray for: a core of a cluster; on this machine half of one, so that two trials of two workers
+    run on two cores. The small drivers ask for none.
+
+    Raises:
+        UsageError: PURSER_CPUS_PER_WORKER says otherwise, and is no number of cores.
+    """
+    said = os.environ.get(CPUS)
+    if not said:
+        return 0.5 if cluster_address() is None else 1.0
+    if not re.fullmatch(r"\d{1,3}(\.\d{1,4})?", said) or not float(said):
+        raise UsageError(f"{CPUS}: {said!r} was given; write a number of cores, as 4 or 0.5.")
+    return float(said)
 
 
-def groups_at_once(workers: int) -> int:
-    """How many worker groups of so many workers this Ray holds, at least one."""
-    cores: float = cpus()
-    if cluster_address() is not None:
+def groups_at_once(workers: int, device: str) -> int:
+    """How many worker groups of so many workers this Ray holds, at least one.
+
+    Raises:
+        UsageError: see `check_gpus`.
+    """
+    check_gpus(workers, device)
+    held: Mapping[str, float] = {"CPU": cpus()}
+    if cluster_address() is not None or device == "gpu":
         import ray
 
-        cores = ray.cluster_resources().get("CPU", 0.0)
-    return max(1, int(cores / (workers * cpus_per_worker())))
+        held = ray.cluster_resources()
+    groups = held.get("CPU", 0.0) / (workers * cpus_per_worker())
+    if device == "gpu":
+        groups = min(groups, held.get("GPU", 0.0) / workers)
+    return max(1, int(groups))
+
+
+def check_gpus(workers: int, device: str) -> None:
+    """Once Ray runs: has this machine a GPU for each worker? A cluster's may be yet to come.
+
+    Raises:
+        UsageError: it has not.
+    """
+    if device != "gpu" or cluster_address() is not None:
+        return
+    import ray
+
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    if gpus < workers:
+        raise UsageError(
+            f"training.device: {workers} workers need a GPU each, this machine has {gpus:g}; write fewer workers, or "
+            "cpu. Nothing was charged."
+        )
 
 
 def environment() -> dict[str, str]:
@@ -42,6 +78,7 @@ def environment() -> dict[str, str]:
     embedded = {LEDGER: ledger_url()} if ledger_file() else {}
     return {
         HOME: str(home()),
+        CPUS: f"{cpus_per_worker():g}",
         **embedded,
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # runs show in the dashboard's Train tab
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",

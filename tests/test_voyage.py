@@ -168,7 +168,7 @@ def test_the_release_is_whole_and_its_statement_true(voyage, monkeypatch):
     assert abs(accuracy - said["released"]["metrics"]["accuracy"]) < 0.08  # six standard deviations of its noise
 
 
-KILLS = 20 if os.environ.get("PURSER_SOAK") else 2
+KILLS = 20 if os.environ.get("PURSER_SOAK") else 1
 
 
 def started(purser, *arguments):
@@ -186,8 +186,9 @@ def started(purser, *arguments):
 
 
 def test_a_sweep_that_is_killed_at_any_moment_goes_on(purser):
-    """kill -9 of its driver, more than once: what is over is neither run nor charged again, the rest goes on under a
-    new attempt, with the candidates that were drawn at the start, and the numbers are the ledger's."""
+    """kill -9 of its driver: what is over is neither run nor charged again, the rest goes on under a new attempt, with
+    the candidates that were drawn at the start; every step that ran is charged, those that ran twice are charged twice,
+    and the numbers are the ledger's."""
     space = "tuning.space={training.noise_multiplier: {uniform: [60, 90]}}"
     cheap = (
         "training.steps=40",
@@ -228,6 +229,9 @@ def test_a_sweep_that_is_killed_at_any_moment_goes_on(purser):
         assert trial["authorised_steps"] == sum(entry["steps"] for entry in paid) >= 40
         assert trial["cost"] == sum(entry["cost"] for entry in paid)
         assert [entry["kind"] for entry in mine].count("settle") == 1
+        last = [entry for entry in mine if entry["kind"] == "open"][-1]
+        again = sum(entry["steps"] for entry in paid if entry["attempt"] == last["attempt"])
+        assert again == 40 - last["body"]["done"]
         if trial["id"].rpartition("-")[2] in over:
             assert {entry["key"] for entry in paid} <= burnt, "it was over, and ran again"
     again = purser("tune", "--resume", sweep, "--json")
@@ -236,34 +240,3 @@ def test_a_sweep_that_is_killed_at_any_moment_goes_on(purser):
     refused = purser("train", "--resume", sweep)
     assert refused.code == 2
     assert "purser tune --resume" in refused.err
-
-
-def test_a_killed_run_is_resumed_and_charged_for_what_it_burnt(purser):
-    """kill -9 of the driver: what was authorised stays spent, the reservation is found dead, the run goes on."""
-    job = (DIGITS, "training.steps=2000", "training.block=100", "training.noise_multiplier=60", "training.workers=1")
-    process, told = started(purser, "train", *job)
-    run = next(line for line in told if line.startswith("Run ")).split()[1].rstrip(":")
-    next(line for line in told if "steps authorised" in line)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    time.sleep(1)
-    shown = purser("budget", "show", "digits/train", "--json").json
-    burnt = shown["spent_cost"]
-    assert burnt > 0
-    assert shown["reserved_cost"] > 0
-
-    ended = purser("train", "--resume", run, "--json")
-    assert ended.code == 0, ended.err
-    assert ended.json["status"] == "completed"
-    assert ended.json["run"] == run
-    shown, entries = budget_holds(purser, "digits/train")
-    assert shown["reserved_cost"] == 0
-    opened = [entry for entry in entries if entry["kind"] == "open"]
-    assert [entry["attempt"] for entry in opened] == [1, 2]
-    done = opened[1]["body"]["done"]
-    # Every step that ran is charged, those that ran twice are charged twice.
-    before = sum(e["steps"] for e in entries if e["kind"] == "authorise" and e["attempt"] == 1)
-    assert ended.json["authorised_steps"] == before + 2000 - done >= 2000
-    again = purser("train", "--resume", run)
-    assert again.code == 2
-    assert "settled" in again.err

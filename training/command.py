@@ -19,6 +19,7 @@ from cluster.background import repeated
 from cluster.errors import UsageError
 from cluster.screen import Screen
 from cluster.service import open_desk
+from cluster.session import check_gpus
 from training import release
 from training.admission import admit, what_would_fit
 from training.config import Job
@@ -81,6 +82,7 @@ def run(
 
         with desk.ray(folder) as (client, dashboard):
             screen.say(f"Ray is up, its dashboard is at http://{dashboard}; the workers are starting.")
+            check_gpus(job.training.workers, job.training.device)
             with client.holding(name), progress(screen, books, job.accounts[0], name, planned):
                 mark = marked(folder)
                 outcome = train(client, books.identity, job, name, name, folder, mark, everywhere=everywhere)

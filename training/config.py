@@ -175,10 +175,11 @@ class Optimizer(Section):
 
 
 class Training(Section):
-    """DP-SGD: σ, C, B, T and how they are run."""
+    """DP-SGD: σ, C, B, T and how they are run; with device gpu each worker has a GPU of its own."""
 
     backend: Literal["torch"] = "torch"
     workers: Annotated[int, Field(ge=1, le=64)] = 2
+    device: Literal["cpu", "gpu"] = "cpu"
     steps: Count = 80
     expected_batch_size: Count = 256
     physical_batch_size: Count = 256

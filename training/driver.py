@@ -157,15 +157,17 @@ def group_trainer(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    training = config["job"]["training"]
+    gpu = training["device"] == "gpu"
     return TorchTrainer(
         loop,
         train_loop_config=dict(config),
         scaling_config=ScalingConfig(
-            num_workers=config["job"]["training"]["workers"],
+            num_workers=training["workers"],
             resources_per_worker={"CPU": cpus_per_worker()},
-            use_gpu=False,
+            use_gpu=gpu,  # one each
         ),
-        torch_config=TorchConfig(backend="gloo", timeout_s=300),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=300),
         run_config=RunConfig(
             name=name,
             storage_path=str(storage),

@@ -6,8 +6,10 @@ Layers are those that the engine allows by name (`training.engine.validation`).
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
+from cluster.errors import UsageError
 from training.config import Job, Model
 from training.data import declared, image_of
 from training.engine.rehearsal import Inputs, Rehearsal, rehearse
@@ -21,11 +23,29 @@ def rehearsed(job: Job) -> tuple[PrivateTrainer, Rehearsal]:
         PurserError: what was tried does not hold, or the model may not be trained; nothing was charged.
     """
     how = job.training
+    device = device_of(job)
     model, inputs = _of_text(job) if job.model.reads_text else _of_table(job)
+    model.to(device)
     trainer = PrivateTrainer(
         model, how.optimizer, job.run(), how.clipping, how.precision, how.activation_checkpointing == "full"
     )
     return trainer, rehearse(trainer, inputs)
+
+
+def device_of(job: Job) -> torch.device:
+    """Where this process trains: on a GPU, that which is the current one.
+
+    Raises:
+        UsageError: the job wants a GPU, and this process sees none.
+    """
+    if job.training.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "training.device: gpu was given, and torch sees none here; write cpu, or run where there is one (on a "
+            "cluster: purser submit). Nothing was charged."
+        )
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _of_text(job: Job) -> tuple[nn.Module, Inputs]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+import ray.train.torch
 import torch
 import torch.distributed as dist
 
@@ -81,6 +82,8 @@ class Rank:
             )
         check_shared(*config["mark"])
         job = parse(Job, config["job"])
+        if job.training.device == "gpu":
+            torch.cuda.set_device(ray.train.torch.get_device())  # of those on its node, this worker's
         client = connect(config["ledger"])
         return Rank(
             job=job.model_copy(update={"data": declared(job.data)}),
@@ -222,7 +225,7 @@ def _restore(trainer: PrivateTrainer) -> int:
     if checkpoint is None:
         return 0
     with checkpoint.as_directory() as folder:
-        state = torch.load(Path(folder) / "state.pt", weights_only=True)
+        state = torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
     trainer.load_state_dict(state)
     return int(state["steps"])
 

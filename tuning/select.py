@@ -158,7 +158,7 @@ def _groups(
 
     from cluster.session import groups_at_once
 
-    count = groups_at_once(job.training.workers)
+    count = groups_at_once(job.training.workers, job.training.device)
     start = 1 + len(list(folder.glob("storage-*")))
     storage = folder / f"storage-{start}"
     storage.mkdir()

@@ -159,7 +159,7 @@ class Sweep(tune.Callback):
     def run(self) -> None:
         """Run every candidate that is not over and that the budget can pay for."""
         job = self._job
-        concurrent = groups_at_once(job.training.workers)
+        concurrent = groups_at_once(job.training.workers, job.training.device)
         trainable = tune.with_parameters(
             self._trainable,
             job=job.model_dump(mode="json"),

@@ -42,7 +42,8 @@ class Verdict:
 
 def parse_head(text: str) -> tuple[int, str]:
     """A head kept outside, written SEQ:HASH, as every statement and `budget show` prints it; of a hash that was kept by
-    Prometheus there are the first digits only."""
+    Prometheus there are the first digits only. They are 52 bits: enough for an alarm, but whoever rewrites a ledger
+    could search for an entry that begins so (2^52 hashes); a whole hash is evidence."""
     seq, colon, digest = text.partition(":")
     if not colon or not (seq.isascii() and seq.isdigit()) or len(digest) not in (SHORT, 64):
         raise UsageError(

@@ -188,7 +188,7 @@ class Bare:
         job = self._job
         began = time.perf_counter()
         folder = Path(tempfile.mkdtemp(prefix="bare-", dir=environment.home()))
-        concurrent = groups_at_once(job.training.workers)
+        concurrent = groups_at_once(job.training.workers, job.training.device)
         trainable = tune.with_parameters(bare_trial, job=job.model_dump(mode="json"), folder=str(folder))
         results = tune.Tuner(
             tune.with_resources(trainable, {"CPU": 0, "memory": DRIVER_MEMORY}),

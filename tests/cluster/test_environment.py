@@ -13,10 +13,11 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from cluster import environment
+from cluster import environment, session
 from cluster.environment import HOME, LEDGER, Alive, home, is_alive, ledger_url, new_name, run_folder
 from cluster.errors import PurserError, Refused, Unreachable, UsageError, without_content
 
@@ -277,3 +278,36 @@ def test_what_crosses_the_boundary_of_an_error_is_its_type_and_place():
     assert "secret" not in said
     assert "42 " not in said
     assert without_content(OSError(secret)) == "OSError"
+
+
+def test_a_worker_asks_for_a_core_of_a_cluster_and_half_of_one_here(monkeypatch):
+    for name in ("RAY_ADDRESS", "PURSER_CPUS_PER_WORKER"):
+        monkeypatch.delenv(name, raising=False)
+    assert session.cpus_per_worker() == 0.5
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert session.cpus_per_worker() == 1
+    monkeypatch.setenv("PURSER_CPUS_PER_WORKER", "2.5")  # as it reaches those who start workers anywhere
+    assert session.cpus_per_worker() == 2.5
+    assert session.environment()["PURSER_CPUS_PER_WORKER"] == "2.5"
+    for wrong in ("0", "-1", "nan", "a few", "1e3"):
+        monkeypatch.setenv("PURSER_CPUS_PER_WORKER", wrong)
+        with pytest.raises(UsageError, match="PURSER_CPUS_PER_WORKER"):
+            session.cpus_per_worker()
+
+
+def test_a_gpu_that_is_not_there_is_missed_here_and_waited_for_on_a_cluster(monkeypatch):
+    class Ray:
+        held: ClassVar = {"CPU": 8.0, "GPU": 2.0}
+
+        def cluster_resources(self):
+            return self.held
+
+    monkeypatch.setitem(sys.modules, "ray", Ray())
+    monkeypatch.setenv("PURSER_CPUS_PER_WORKER", "1")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert session.groups_at_once(1, "gpu") == 2
+    with pytest.raises(UsageError, match=r"training\.device: 3 workers need a GPU each, this machine has 2"):
+        session.groups_at_once(3, "gpu")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert session.groups_at_once(2, "cpu") == 4
+    assert session.groups_at_once(2, "gpu") == session.groups_at_once(3, "gpu") == 1

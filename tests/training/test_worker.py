@@ -18,7 +18,7 @@ from cluster.accounting.books import Books
 from cluster.accounting.leases import Leases
 from cluster.accounting.ledger import Ledger
 from cluster.environment import code_hash
-from cluster.errors import PurserError, Unreachable
+from cluster.errors import PurserError, Unreachable, UsageError
 from training import sources, worker
 from training.admission import admit, plans_of
 from training.data import DIGITS as DIGITS_SOURCE
@@ -570,3 +570,11 @@ def test_losses_are_released_noised_and_charged(home, monkeypatch):
     assert "accuracy" not in last
     assert 0 < last["clipped_loss"] < 5
     assert len(desk.books.charged("run", VALIDATION)) == 1
+
+
+def test_a_gpu_that_torch_does_not_see_is_refused_before_any_charge(desk, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    job = desk.job.with_values({"training.device": "gpu"})
+    with pytest.raises(UsageError, match=r"training\.device: gpu was given, and torch sees none"):
+        rehearsed(job)
+    assert desk.steps_charged() == 0

@@ -1,0 +1,167 @@
+"""A cluster of several nodes over one PostgreSQL, and what it loses (P2, P3, P4): storage that a node does not share is
+found before anything is charged; a sweep over two nodes loses the node of a worker in the middle of a run, and the
+ledger's charge is what all attempts executed; then every process of the cluster is lost, and the same job, submitted to
+a new one over the same ledger, goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from heads import BIN, Head
+from postgresql import OWNER
+from product import DIGITS, Ended, Purser
+
+from cluster.accounting.books import Books
+from cluster.accounting.ledger import Ledger
+
+pytestmark = pytest.mark.cluster
+
+WATCHED = Path(__file__).parent / "watched"
+STEPS, BLOCK, LOST_AT = 30, 3, 18
+SWEEP = [
+    *("training.workers=2", f"training.steps={STEPS}", f"training.block={BLOCK}", "tuning.search=grid"),
+    "tuning.space={training.noise_multiplier: {choice: [10.0, 12.0]}}",
+]
+RUN = [
+    "--as",
+    "train",
+    "training.workers=1",
+    "training.steps=3000",
+    "training.block=50",
+    "training.noise_multiplier=90",
+]
+
+
+class Cluster:
+    """A head without work, its nodes, the ledger that outlives them, and a laptop."""
+
+    def __init__(self, root: Path, postgresql) -> None:
+        self.root, self.home, self.watched = root, root / "shared", root / "watched"
+        for folder in (self.home, self.watched, root / "laptop"):
+            folder.mkdir()
+        (self.watched / "stop").write_text("")
+        (self.watched / "executed").write_text("")
+        self.laptop = Purser(root / "home", root / "laptop")
+        self.database = postgresql.create()
+        self.owner, self.url = postgresql.url(self.database, OWNER), postgresql.url(self.database)
+        self.head = self.started()
+
+    def started(self) -> Head:
+        return Head(self.home, cpus=0, WATCHED=str(self.watched), PYTHONPATH=str(WATCHED))
+
+    def shell(self, *words: object, ledger: str) -> Ended:
+        """A command on the head node, by its operator."""
+        environment = {**self.head.on_it(), "COLUMNS": "200", "PURSER_LEDGER": ledger}
+        command = [BIN / "purser", *map(str, words)]
+        ended = subprocess.run(
+            command, cwd=self.home, env=environment, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert ended.returncode == 0, ended.stderr
+        return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+    def __call__(self, *words: object) -> Ended:
+        """A command on the laptop."""
+        return self.laptop(*words, "--address", self.head.address, **self.head.from_afar())
+
+    def submitted(self, *words: object) -> str:
+        """Hand a job over; its submission's id."""
+        ended = self("submit", DIGITS, *words, "--json")
+        assert ended.code == 0, ended.err
+        return str(ended.json["submission_id"])
+
+    def entries(self, kind: str, lease: str = "") -> list[dict]:
+        """What the ledger itself says of the train account."""
+        rows = Books(Ledger(self.url)).history("digits/train")
+        return [row for row in rows if row["kind"] == kind and (row["lease"] or "").startswith(lease)]
+
+    def steps(self, lease: str) -> int:
+        """The steps that `lease` was charged for."""
+        return sum(row["steps"] for row in self.entries("authorise", lease))
+
+    def executed(self, lease: str) -> list[int]:
+        """The steps that workers of `lease` executed, as they wrote them down themselves."""
+        lines = map(json.loads, (self.watched / "executed").read_text().splitlines())
+        return [line["step"] for line in lines if line["lease"].startswith(lease)]
+
+
+def eventually(there, seconds: float = 200):
+    """What `there` returns once it is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := there()):
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.2)
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory, postgresql):
+    made = Cluster(tmp_path_factory.mktemp("nodes"), postgresql)
+    yield made
+    made.head.lose()
+
+
+def test_storage_that_is_not_shared_is_found_before_anything_is_charged(cluster):
+    """The one node there is has a folder of its own where the others have PURSER_HOME: it lives in another mount
+    namespace."""
+    cluster.shell("accountant", "init", "--service", "service", ledger=cluster.owner)
+    cluster.shell("accountant", "start", ledger=cluster.url)
+    made = cluster("budget", "create", DIGITS)
+    assert made.code == 0, made.err
+    apart = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {cluster.home} && exec "$@"', "sh"]
+    if subprocess.run([*apart, "true"], check=False).returncode != 0:
+        pytest.skip("this process may not make a mount namespace")
+    node = cluster.head.add_node(apart)
+    ended = cluster("submit", DIGITS, *RUN, "--name", "apart", "--entrypoint-num-cpus", 0, "--follow", "--json")
+    assert ended.code == 1, ended.out + ended.err
+    print(ended.out, ended.err)
+    assert "PURSER_HOME" in ended.err
+    assert cluster.entries("authorise") == []
+    node.kill()
+
+
+def test_a_sweep_loses_a_node_and_is_charged_for_what_all_attempts_executed(cluster):
+    for _ in range(3):
+        cluster.head.add_node()
+    name = cluster.submitted(*SWEEP, "--entrypoint-num-cpus", 0)
+    (cluster.watched / "stop").write_text(f"{name}-01 {LOST_AT}")
+    raylet = int(
+        eventually(lambda: (cluster.watched / "stopped").exists() and (cluster.watched / "stopped").read_text())
+    )
+    os.kill(raylet, signal.SIGKILL)
+    ended = cluster("logs", name, "--follow", "--json")
+    print(ended.out, ended.err)
+    print(json.dumps(cluster.head.get("/api/train/v2/runs/v1"))[:3000])
+    assert ended.code == 0, ended.err
+    assert cluster.executed(f"{name}-01") == [*range(1, LOST_AT + 1), *range(LOST_AT - BLOCK + 1, STEPS + 1)]
+    assert cluster.steps(f"{name}-01") == len(cluster.executed(f"{name}-01")) == STEPS + BLOCK
+    assert cluster.steps(f"{name}-02") == len(cluster.executed(f"{name}-02")) == STEPS
+
+
+def test_a_lost_cluster_is_followed_by_another_over_the_same_ledger(cluster):
+    name = cluster.submitted(*RUN)
+    eventually(lambda: cluster.steps(name) >= 100)
+    cluster.head.lose()
+    before = cluster.steps(name)
+    assert before < 3000
+    cluster.head = cluster.started()
+    for _ in range(2):
+        cluster.head.add_node()
+    cluster.shell("accountant", "start", ledger=cluster.url)
+    assert cluster.submitted(*RUN) == name
+    ended = cluster("logs", name, "--follow", "--json")
+    print(ended.out, ended.err)
+    assert ended.code == 0, ended.err
+    assert ended.json["result"]["run"] == name
+    opened = cluster.entries("open", name)
+    assert [row["attempt"] for row in opened] == [1, 2]
+    assert cluster.steps(name) == before + 3000 - opened[1]["body"]["done"]
+    assert cluster.steps(name) >= len(cluster.executed(name)) >= 3000
+    books = Books(Ledger(cluster.url))
+    assert books.verify("digits/train").valid
+    assert books.show("digits/train").reserved_cost == 0
