@@ -173,15 +173,26 @@ def test_a_plain_ray_job_submit_works_too_and_an_older_accountant_is_replaced(cl
     folder.mkdir()
     (folder / "digits.yaml").write_text(DIGITS.read_text())
     command = [*RAY, "job", "submit", "--address", cluster.head.address, "--working-dir", folder, "--"]
-    plain = subprocess.run(
-        [*command, "purser", "train", "digits.yaml", *TINY, "--json"],
-        cwd=folder,
-        env=cluster.laptop.environment(**cluster.head.from_afar()),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert plain.returncode == 0, plain.stdout + plain.stderr
+
+    def plain() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, "purser", "train", "digits.yaml", *TINY, "--json"],
+            cwd=folder,
+            env=cluster.laptop.environment(**cluster.head.from_afar()),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    shadow = folder / "training.py"
+    shadow.write_text("raise SystemExit('the user`s own')")
+    shadowed = plain()
+    assert shadowed.returncode != 0
+    assert "purser: working_dir: training.py" in shadowed.stdout
+    assert len(cluster.entries("authorise")) == 2
+    shadow.unlink()
+    done = plain()
+    assert done.returncode == 0, done.stdout + done.stderr
     assert len(cluster.entries("authorise")) == 4
     assert Books(Ledger(cluster.url)).verify("digits/train").valid
 
