@@ -68,6 +68,13 @@ def cluster_address() -> str | None:
     return None if address == "local" else address
 
 
+def going_on(command: str, name: str) -> str:
+    """What a person types to go on with the run or sweep called `name`, here or on a cluster."""
+    if cluster_address() is None:
+        return f"purser {command} --resume {name}"
+    return f"purser submit --as {command} --resume {name} --address http://HEAD:8265"
+
+
 def ledger_url() -> str:
     """The ledger every command works on: `$PURSER_LEDGER`, by default SQLite in the home folder."""
     return os.environ.get(LEDGER) or f"sqlite:///{home() / 'ledger.db'}"

@@ -110,6 +110,8 @@ def submit(
 ) -> dict[str, Any]:
     """Hand a run or a sweep over; with `wait`, show what it says until it has ended.
 
+    One that was handed over before, and did not complete, is handed over again: it goes on under its name.
+
     Args:
         pip: packages, with their versions, that its processes need beside the cluster's own.
         cpus: see `JobServer.submit`; None for one CPU where the head node offers none.
@@ -121,7 +123,12 @@ def submit(
     environment = {**_WIDTH, "pip": list(pip)} if pip else dict(_WIDTH)
     if cpus is None:
         cpus = 0 if server.head_works() else 1
-    made, before = server.submit([*work.words, "--json"], work.job, work.name, work.metadata, environment, cpus)
+    handed = [*work.words, "--json"], work.job, work.name, work.metadata, environment, cpus
+    made, before = server.submit(*handed)
+    if before and made.over and made.status != "completed":
+        server.forget(made.submission_id)
+        screen.say(f"Submission {made.submission_id} was handed over before and ended {made.status}; it goes on.")
+        made, before = server.submit(*handed)
     if before:
         screen.say(f"Submission {made.submission_id} was handed over before and is {made.status}.")
         if made.over:

@@ -165,6 +165,10 @@ class JobServer:
             time.sleep(_POLL)
         return now
 
+    def forget(self, name: str) -> None:
+        """Let go of a submission that has ended, so that its name is free."""
+        self._answered(self._client.delete_job, name, name=name)
+
     def follow(self, name: str, tell: Callable[[str], None]) -> Submission:
         """Hand every line that it prints to `tell` until it has ended."""
         told = 0

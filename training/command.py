@@ -153,7 +153,7 @@ def _conclude(screen: Screen, outcome: Outcome, result: Mapping[str, Any]) -> No
     if result["release"]:
         screen.say(f"Released: {result['release']}")
     if outcome.status in (FAILED, STOPPED):
-        screen.say(f"Next: purser train --resume {result['run']}")
+        screen.say(f"Next: {environment.going_on('train', result['run'])}")
     else:
         screen.say(f"Next: purser budget show {result['account']}")
 

@@ -100,7 +100,7 @@ def tune(job: SweepJob, screen: Screen, resume: str | None = None, name: str | N
     result["report"] = str(write_report(folder, page))
     screen.say(f"Report: {result['report']}")
     if any(trial.outcome.status == FAILED for trial in ([last] if last else trials)):
-        screen.say(f"Next: purser tune --resume {name}")
+        screen.say(f"Next: {environment.going_on('tune', name)}")
     elif best is not None:
         screen.say(f"Next: purser budget show {job.account}")
     alive.release()

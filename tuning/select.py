@@ -105,7 +105,7 @@ def select(job: SweepJob, screen: Screen, resume: str | None = None, name: str |
     for account in [books.show(account) for account in job.accounts]:
         screen.say(f"{account.account}: {account.remaining_cost / account.budget_cost:.1%} of the budget is left.")
     going_on = outcome.status == FAILED
-    screen.say(f"Next: purser {f'tune --resume {name}' if going_on else f'budget show {job.account}'}")
+    screen.say(f"Next: {environment.going_on('tune', name) if going_on else f'purser budget show {job.account}'}")
     alive.release()
     return result
 

@@ -17,6 +17,7 @@ from cluster.accounting.ledger import Ledger
 pytestmark = pytest.mark.cluster
 
 TINY = ["training.workers=1", "training.steps=4", "training.block=2"]
+JOB = ["submit", DIGITS, *TINY, "--as", "train", "--json"]
 
 
 class Cluster:
@@ -103,7 +104,7 @@ def test_the_accountant_is_started_once_and_says_what_it_keeps(cluster):
 
 def test_a_bad_job_ends_here_and_one_without_an_account_there(cluster):
     sentence(cluster("submit", DIGITS, "training.noise_multiplier=-1"), 2, "training.noise_multiplier")
-    missing = cluster("submit", DIGITS, *TINY, "--as", "train", "--name", "too soon", "--follow", "--json")
+    missing = cluster(*JOB, "--follow")
     sentence(missing, 2, "digits is not in", "purser budget create")
     name = missing.json["submission_id"]
     assert missing.json["status"] == "failed"
@@ -115,10 +116,10 @@ def test_a_bad_job_ends_here_and_one_without_an_account_there(cluster):
 def test_the_same_job_submitted_twice_is_charged_once_and_the_books_from_afar_are_the_ledgers(cluster):
     made = cluster("budget", "create", DIGITS, "--json")
     assert made.code == 0, made.err
-    job = ["submit", DIGITS, *TINY, "--as", "train", "--json"]
-    first = cluster(*job)
+    first = cluster(*JOB)
     assert first.code == 0, first.err
-    second = cluster(*job, "--follow")
+    assert "ended failed; it goes on" in first.err, "it came too soon before"
+    second = cluster(*JOB, "--follow")
     assert second.code == 0, (second.out, second.err)
     assert second.json["submission_id"] == first.json["submission_id"]
     assert "handed over before" in second.err
@@ -126,7 +127,7 @@ def test_the_same_job_submitted_twice_is_charged_once_and_the_books_from_afar_ar
     assert (result["status"], result["authorised_steps"]) == ("completed", 4)
     assert [row["steps"] for row in cluster.entries("authorise")] == [2, 2]
     assert {row["lease"] for row in cluster.entries("authorise")} == {result["run"]}
-    third = cluster(*job, "--follow")
+    third = cluster(*JOB, "--follow")
     assert third.json["result"] == result
     assert len(cluster.entries("authorise")) == 2
     assert cluster("status", first.json["submission_id"], "--json").json["status"] == "completed"
