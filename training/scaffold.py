@@ -247,6 +247,7 @@ def _rest(wanted: Wanted) -> str:
         [
             _line(0, "training:"),
             _line(2, "workers: 2"),
+            _line(2, "device: cpu", "gpu: each worker has one of its own"),
             _line(2, "steps: 100"),
             _line(2, f"expected_batch_size: {ASK}", batch),
             _line(2, f"physical_batch_size: {16 if reads else 256}", of),
