@@ -147,6 +147,16 @@ def test_the_same_job_submitted_twice_is_charged_once_and_the_books_from_afar_ar
     sentence(poor, 3, "refused", "digits/train")
 
 
+def test_a_job_is_stopped_and_keeps_what_it_has_not_used(cluster):
+    before = Books(Ledger(cluster.url)).show("digits/train")
+    name = cluster(*JOB, "--name", "to be stopped").json["submission_id"]
+    ended = cluster("stop", name, "--json")
+    assert (ended.code, ended.json) == (0, {"submission_id": name, "status": "stopped"}), ended.err
+    sentence(cluster("stop", name), 1, "had ended before")
+    sentence(cluster("logs", name, "--follow"), 1, "was stopped")
+    assert Books(Ledger(cluster.url)).show("digits/train").spent_cost == before.spent_cost
+
+
 def test_a_plain_ray_job_submit_works_too_and_an_older_accountant_is_replaced(cluster):
     """An accountant of other code: the operator's `start` puts this one in its place, jobs find it, nothing is lost."""
     before = Books(Ledger(cluster.url)).show("digits/train")
