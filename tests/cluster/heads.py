@@ -114,8 +114,9 @@ class Head(Started):
         self.wait(lambda: self.answer("/api/jobs/", self.token) == 200)
 
     def add_node(self, before: Sequence[str] = ()) -> Started:
-        """One more node, of one CPU. Two that start at once would take each other's sockets."""
-        node = Started(self.folder, [f"--address={self.gcs}", "--num-cpus=1"], self._shared, before)
+        """One more node, of one CPU, with temporary files of its own: nodes that share them overwrite each other's."""
+        words = [f"--address={self.gcs}", "--num-cpus=1", f"--temp-dir={self.folder}/{len(self._nodes)}"]
+        node = Started(self.folder, words, self._shared, before)
         self._nodes.append(node)
         node.wait(lambda: node.started)
         return node

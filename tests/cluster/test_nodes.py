@@ -124,8 +124,7 @@ def test_storage_that_is_not_shared_is_found_before_anything_is_charged(cluster)
     node = cluster.head.add_node(apart)
     ended = cluster("submit", DIGITS, *RUN, "--name", "apart", "--entrypoint-num-cpus", 0, "--follow", "--json")
     assert ended.code == 1, ended.out + ended.err
-    print(ended.out, ended.err)
-    assert "PURSER_HOME" in ended.err
+    assert "put PURSER_HOME on storage that all of them share" in ended.err
     assert cluster.entries("authorise") == []
     node.kill()
 
@@ -140,13 +139,17 @@ def test_a_sweep_loses_a_node_and_is_charged_for_what_all_attempts_executed(clus
     )
     os.kill(raylet, signal.SIGKILL)
     ended = cluster("logs", name, "--follow", "--json")
-    print(ended.out, ended.err)
-    runs = cluster.head.get("/api/train/v2/runs/v1")["train_runs"]
-    print([{k: v for k, v in run.items() if k not in ("run_settings",)} for run in runs])
     assert ended.code == 0, ended.err
     assert cluster.executed(f"{name}-01") == [*range(1, LOST_AT + 1), *range(LOST_AT - BLOCK + 1, STEPS + 1)]
     assert cluster.steps(f"{name}-01") == len(cluster.executed(f"{name}-01")) == STEPS + BLOCK
     assert cluster.steps(f"{name}-02") == len(cluster.executed(f"{name}-02")) == STEPS
+    trials = {trial["id"]: trial for trial in ended.json["result"]["trials"]}
+    assert [(t["status"], t["authorised_steps"]) for t in trials.values()] == [("completed", 33), ("completed", 30)]
+    # As Ray's dashboard shows it: both trials, each group of workers over two nodes.
+    shown = {run["name"]: run for run in cluster.head.get("/api/train/v2/runs/v1")["train_runs"]}
+    assert shown.keys() == trials.keys()
+    groups = [attempt["workers"] for run in shown.values() for attempt in run["attempts"]]
+    assert [len({worker["node_id"] for worker in group}) for group in groups] == [2, 2, 2]
 
 
 def test_a_lost_cluster_is_followed_by_another_over_the_same_ledger(cluster):
@@ -161,7 +164,6 @@ def test_a_lost_cluster_is_followed_by_another_over_the_same_ledger(cluster):
     cluster.shell("accountant", "start", ledger=cluster.url)
     assert cluster.submitted(*RUN) == name
     ended = cluster("logs", name, "--follow", "--json")
-    print(ended.out, ended.err)
     assert ended.code == 0, ended.err
     assert ended.json["result"]["run"] == name
     opened = cluster.entries("open", name)
