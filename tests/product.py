@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
+
+import purser
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DIGITS = REPOSITORY / "infra" / "jobs" / "digits.yaml"
@@ -46,3 +51,23 @@ class Purser:
             command, cwd=self.folder, env=self.environment(**more), capture_output=True, text=True, timeout=timeout
         )
         return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+    def here(self, *arguments: object, **more: str) -> Ended:
+        """The same in this process, which has imported what the command needs; for what starts no Ray.
+
+        How Ray authenticates stays as this process has it: Ray reads that once.
+        """
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        seen = {**self.environment(**more), "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
+        with (
+            mock.patch.dict(os.environ, seen, clear=True),
+            mock.patch.object(sys, "argv", ["purser", *map(str, arguments)]),
+            contextlib.chdir(self.folder),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            try:
+                purser.main()
+            except SystemExit as ended:
+                code = ended.code
+        return Ended(code, out.getvalue(), err.getvalue())

@@ -1,5 +1,5 @@
 """The command line without Ray: the contract's keys, and bad input that ends in one sentence with nothing charged
-(P4, P11). Every case runs the real command in a process of its own."""
+(P4, P11). Every command runs for real, in a process of its own; many bad inputs end in this one."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_contract_of_plan_and_budget(purser):
     assert planned.json["account"] == "digits"
     assert planned.json["order"] == 6
     assert len(planned.out.strip().splitlines()) == 1, "--json keeps stdout clean"
-    assert json.loads(purser("budget", "list", "--json").out) == {"accounts": []}, "a plan makes no account"
+    assert json.loads(purser.here("budget", "list", "--json").out) == {"accounts": []}, "a plan makes no account"
 
     made = purser("budget", "create", DIGITS)
     assert made.code == 0
@@ -67,7 +67,7 @@ def test_the_contract_of_plan_and_budget(purser):
     entries = purser("budget", "history", "digits/train", "--json").json["entries"]
     assert set(entries[0]) >= HISTORY_KEYS
     assert entries[1]["prev_hash"] == entries[0]["hash"]
-    head = purser("budget", "show", "digits", "--json").json["head"]
+    head = purser.here("budget", "show", "digits", "--json").json["head"]
     verified = purser("budget", "verify", "digits/train", "--head", f"{head['seq']}:{head['hash']}", "--json")
     assert verified.code == 0
     assert verified.json["valid"] is True
@@ -76,7 +76,7 @@ def test_the_contract_of_plan_and_budget(purser):
     forged = purser("budget", "verify", "digits/train", "--head", f"{head['seq']}:{'0' * 64}")
     assert forged.code == 1
     assert "Traceback" not in forged.err
-    one_sentence(purser("budget", "create", DIGITS), 2, "digits/train exists already")
+    one_sentence(purser.here("budget", "create", DIGITS), 2, "digits/train exists already")
 
 
 IRIS = Path(find_spec("sklearn").origin).parent / "datasets" / "data" / "iris.csv"
@@ -105,7 +105,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_to_tune_ends_in_a_sentence_with_nothing_charged(purser, case):
     overrides, words = BAD[case]
-    one_sentence(purser("tune", DIGITS, *overrides), 2, *words)
+    one_sentence(purser.here("tune", DIGITS, *overrides), 2, *words)
     assert charged(purser) == 0
 
 
@@ -113,12 +113,14 @@ def test_a_missing_or_broken_job_file(purser):
     one_sentence(purser("tune", "absent.yaml"), 2, "JOB", "absent.yaml", "does not exist")
     (purser.folder / "broken.yaml").write_text("account: [")
     one_sentence(purser("plan", "broken.yaml"), 2, "JOB", "not YAML")
-    one_sentence(purser("train"), 2, "JOB")
+    one_sentence(purser.here("train"), 2, "JOB")
     one_sentence(purser("train", "--resume", "../../etc"), 2, "RUN")
-    one_sentence(purser("train", "--resume", "never-was"), 2, "RUN")
-    one_sentence(purser("budget", "show", "nobody"), 2, "ACCOUNT", "nobody")
+    one_sentence(purser.here("train", "--resume", "never-was"), 2, "RUN")
+    nobody = purser("budget", "show", "nobody")
+    one_sentence(nobody, 2, "ACCOUNT", "nobody")
+    assert purser.here("budget", "show", "nobody") == nobody, "in this process as in one of its own"
     one_sentence(purser("frobnicate"), 2, "frobnicate")
-    one_sentence(purser("plan", DIGITS, PURSER_LEDGER="mysql://x/y"), 2, "PURSER_LEDGER")
+    one_sentence(purser.here("plan", DIGITS, PURSER_LEDGER="mysql://x/y"), 2, "PURSER_LEDGER")
 
 
 def table(folder, name, rows):
@@ -142,17 +144,17 @@ def table(folder, name, rows):
 def test_an_account_is_bound_to_its_data_and_its_grant(purser):
     rows = [(20 + i % 50, "high" if i % 3 else "low") for i in range(200)]
     job = table(purser.folder, "people", rows)
-    assert purser("budget", "create", job).code == 0
+    assert purser.here("budget", "create", job).code == 0
 
-    one_sentence(purser("train", job, "privacy.epsilon=4"), 2, "privacy.epsilon", "4", "2")
+    one_sentence(purser.here("train", job, "privacy.epsilon=4"), 2, "privacy.epsilon", "4", "2")
     one_sentence(purser("tune", job, "privacy.delta=1e-5"), 2, "privacy.delta")
-    one_sentence(purser("train", job, "privacy.units=190"), 2, "privacy.units")
-    one_sentence(purser("train", job, "data.validation_fraction=0.3"), 2, "data.validation_fraction")
+    one_sentence(purser.here("train", job, "privacy.units=190"), 2, "privacy.units")
+    one_sentence(purser.here("train", job, "data.validation_fraction=0.3"), 2, "data.validation_fraction")
 
     other = table(purser.folder, "others", rows[::-1])
-    one_sentence(purser("train", other), 2, "data.source", "people")  # the same records in another order and file
+    one_sentence(purser.here("train", other), 2, "data.source", "people")  # the same records in another order and file
     table(purser.folder, "people", [*rows, (33, "low")])
-    one_sentence(purser("train", job), 2, "data.source", "people")
+    one_sentence(purser.here("train", job), 2, "data.source", "people")
     assert charged(purser) == 0
 
 
@@ -162,7 +164,7 @@ def test_a_run_that_cannot_be_paid_for_is_refused_before_ray_starts(purser):
     assert ended.json["status"] == "refused"
     assert ended.json["authorised_steps"] == 0
     assert charged(purser) == 0
-    kinds = [e["kind"] for e in purser("budget", "history", "digits/train", "--json").json["entries"]]
+    kinds = [e["kind"] for e in purser.here("budget", "history", "digits/train", "--json").json["entries"]]
     assert kinds == ["account", "source", "refuse"]
 
 
@@ -178,14 +180,14 @@ def test_accountant_init_makes_a_ledger_once(purser):
     assert made.code == 0
     assert set(made.json) == {"protocol", "ledger", "accounts"}
     assert made.json["accounts"] == []
-    again = purser("accountant", "init", "--json")
+    again = purser.here("accountant", "init", "--json")
     assert again.json == made.json, "the same ledger, not another"
     one_sentence(purser("accountant", "init", "--service", "trainer"), 2, "--service", "SQLite")
 
 
 def test_show_says_who_holds_what_in_json_too(purser):
-    assert purser("budget", "create", DIGITS).code == 0
-    shown = purser("budget", "show", "digits", "--json")
+    assert purser.here("budget", "create", DIGITS).code == 0
+    shown = purser.here("budget", "show", "digits", "--json")
     assert shown.json["reserved_by"] == []
     assert {"account", "order", "budget_cost", "spent_cost", "reserved_cost", "remaining_cost", "head"} <= set(
         shown.json
