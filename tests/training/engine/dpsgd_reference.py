@@ -8,6 +8,7 @@ import datetime
 import os
 import sys
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -147,22 +148,26 @@ def trained(model: nn.Module, shard: Shard, run: DPSGDRun, *how: Any, **optimize
     return flat(trainer.unhook())
 
 
+SERVER = forkserver.ForkServer()  # the session's own has not imported torch, which takes longer than what ranks do
+RANKS = ("dpsgd_reference", "test_language", "test_steps", "test_trainer")
+
+
 @contextmanager
-def fresh_processes(*preload: str):
-    """A context of `torch.multiprocessing` whose processes have imported `preload` before they start: torch alone takes
-    seconds. Their server is a fresh process: nothing of this one is in them."""
+def fresh_processes():
+    """A context of `torch.multiprocessing` whose processes have imported what they run before they start. Their server
+    is a fresh process: nothing of this one is in them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(list(preload))
-        yield context
+        SERVER.set_forkserver_preload([name for name in RANKS if name in sys.modules])
+        patch.setattr(forkserver, "connect_to_new_process", SERVER.connect_to_new_process)
+        yield mp.get_context("forkserver")
 
 
 def on_two_ranks(act: Any, folder: Path) -> None:
     """Run `act(rank, folder)` in two fresh processes; both must end well."""
-    with fresh_processes(act.__module__) as context:
+    with fresh_processes() as context:
         ranks = [context.Process(target=act, args=(rank, str(folder))) for rank in range(2)]
         for process in ranks:
             process.start()

@@ -170,7 +170,7 @@ def test_one_object_feeds_clipper_noise_sampler_and_lease():
 def ranks(tmp_path_factory):
     """What four real processes over gloo saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    with fresh_processes("dpsgd_reference"):
+    with fresh_processes():
         mp.start_processes(rank_main, args=(str(folder),), nprocs=4, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 

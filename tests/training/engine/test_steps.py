@@ -144,14 +144,16 @@ def lost_rank(rank: int, folder: str) -> None:
     if rank == 1 and Path(folder, "dies").exists():
         os._exit(0)
     if rank == 1:
-        time.sleep(12)
+        while not Path(folder, "said").exists():
+            time.sleep(0.1)
         os._exit(0)
     began = time.monotonic()
     try:
         trainer.steps(shard, 1)
     except PurserError as error:
         said = f"{error}\n{error.__cause__ or error.__context__}"
-        Path(folder, "said").write_text(f"{time.monotonic() - began}\n{said}")
+        Path(folder, "saying").write_text(f"{time.monotonic() - began}\n{said}")
+        Path(folder, "saying").rename(Path(folder, "said"))
     os._exit(0)
 
 
