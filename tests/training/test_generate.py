@@ -332,14 +332,15 @@ def test_the_command_prints_its_contract_and_refuses_in_a_sentence(purser, relea
     assert "nobody's secret" in ended.err
     assert "Ledger sqlite" in ended.err
     assert len((purser.folder / "generated.jsonl").read_text().splitlines()) == 4
+    absent = purser("generate", "never-was", *right[2:], "--out", "x.jsonl")
+    assert (absent.code, absent.err[:22]) == (2, "purser: RUN: never-was")
     for arguments, words in [
         ([*right, "--count", "0", "--out", "x.jsonl"], ["--count: 0 was given"]),
         (right, ["--out: generated.jsonl is there already"]),
         ([*right[:2], "--out", "x.jsonl"], ["--prompts"]),
-        (["generate", "never-was", *right[2:], "--out", "x.jsonl"], ["RUN: never-was"]),
         ([*right, "--column", "text", "--out", "x.jsonl"], ["--column: --prompts has no column 'text'"]),
     ]:
-        refused = purser(*arguments)
+        refused = purser.here(*arguments)
         assert refused.code == 2, refused.err
         (said,) = refused.err.splitlines()
         assert all(word in said for word in words), said

@@ -3,7 +3,9 @@ in a fresh process and says what the trained model says, and holds nothing else 
 
 from __future__ import annotations
 
+import copy
 import csv
+import functools
 import json
 import subprocess
 import sys
@@ -90,11 +92,16 @@ def trained(job: Job) -> PrivateTrainer:
     return trainer
 
 
+@functools.cache
+def made(kind: str) -> tuple[Job, Any]:
+    """The job of a kind, and its model as training left it; not to be changed."""
+    job = KINDS[kind]()
+    return job, trained(job).unhook()  # which checks what is frozen, bit by bit
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_passes_its_rehearsal_trains_and_keeps_its_base(kind):
-    job = KINDS[kind]()
-    trainer = trained(job)
-    model = trainer.unhook()  # which checks what is frozen, bit by bit
+    job, model = made(kind)
     names = trains(model)
     if job.model.lora:
         assert all("lora_" in name or "modules_to_save" in name for name in names)
@@ -177,19 +184,18 @@ ACCOUNT: Any = Account()
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory):
     """Of every kind its job, its trained model and its release; and how a model with tied weights is."""
-    made = {}
-    for kind, make in KINDS.items():
-        folder, job = tmp_path_factory.mktemp("run"), make()
-        model = trained(job).unhook()
+    all_of_them = {}
+    for kind in KINDS:
+        folder, (job, model) = tmp_path_factory.mktemp("run"), made(kind)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         (folder / "model").mkdir()
         (folder / "model" / "notes.txt").write_text(SECRET)  # of an earlier start
-        made[kind] = job, model, released(job, model, folder)
+        all_of_them[kind] = job, model, released(job, model, folder)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "as it was"
     folder = tmp_path_factory.mktemp("run")
     job = job_of(path=saved(tied_llama(), folder / "home" / "llama"), **{"training.clipping": "hooks"})
     model = trained(job).unhook()
-    return made | {"tied": (job, model, released(job, model, folder))}
+    return all_of_them | {"tied": (job, model, released(job, model, folder))}
 
 
 def test_every_release_loads_in_a_fresh_process(releases, tmp_path):
@@ -421,17 +427,25 @@ def dialogues(job: Job, path: str, unit: str | None = None) -> Shard:
     return Shard(ids, ids.masked_fill(unheard, -100), np.array([0, *ends, len(rows)]), mask)
 
 
+@pytest.fixture(scope="module")
+def dialogue_run():
+    """The shipped job with little noise, its trainer, and how that begins."""
+    few = ["training.noise_multiplier=0.5", "training.steps=8", "training.block=8"]
+    job = load(SweepJob, DIGITS.parent / "dialogue-lora.yaml", few).plain
+    trainer, _ = rehearsed(job)
+    return job, trainer, copy.deepcopy(trainer.state_dict())
+
+
 @pytest.mark.parametrize("hears", [True, False])
-def test_a_dialogue_run_learns_public_replies(hears):
+def test_a_dialogue_run_learns_public_replies(dialogue_run, hears):
     """Of the shipped job, with little noise, the loss on a public file falls from 5.6 to 4.3 nats in eight
     steps. Broken on purpose: on noise alone, as in a run that hears nothing, it does not.
 
     Seven runs fell by 1.24 to 1.28 (deviation 0.014), five on noise alone by -0.05 to 0.02 (0.026): the bound is more
     than twenty deviations from both, and a false alarm far below 1e-6.
     """
-    few = ["training.noise_multiplier=0.5", "training.steps=8", "training.block=8"]
-    job = load(SweepJob, DIGITS.parent / "dialogue-lora.yaml", few).plain
-    trainer, _ = rehearsed(job)
+    job, trainer, start = dialogue_run
+    trainer.load_state_dict(start)
     public = PublicRecords(dialogues(job, job.evaluation.source))
     private = dialogues(job, job.data.source, job.privacy.unit)
     assert int(np.diff(private.offsets).max()) <= job.privacy.max_records_per_unit
