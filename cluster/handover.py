@@ -19,7 +19,8 @@ from cluster.screen import Screen
 _RAYS = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\s+[A-Z]+ \S+\.py:\d+ -- ")
 _SENTENCE = "purser: "
 _ENDS: Mapping[int, type[PurserError]] = {2: UsageError, 3: Refused}
-_WIDTH = {"env_vars": {"COLUMNS": "120"}}  # a job has no terminal
+# A job has no terminal; and a node that runs none of its processes needs none of its files.
+_AROUND = {"env_vars": {"COLUMNS": "120"}, "config": {"eager_install": False}}
 
 
 @dataclass
@@ -83,7 +84,7 @@ def ask(address: str, words: Sequence[str], screen: Screen, job: Mapping[str, An
     """
     server = JobServer(address)
     words = words if job is None else [*words, JOB]
-    made, _ = server.submit([*words, "--json"], job, None, {"purser": words[0]}, _WIDTH)
+    made, _ = server.submit([*words, "--json"], job, None, {"purser": words[0]}, _AROUND)
     ended, told = follow(server, made.submission_id, screen)
     end(ended, told)
     screen.result(told.result or {})
@@ -120,7 +121,7 @@ def submit(
         PurserError: with `wait`, what the job ended with.
     """
     server = JobServer(address)
-    environment = {**_WIDTH, "pip": list(pip)} if pip else dict(_WIDTH)
+    environment = {**_AROUND, "pip": list(pip)} if pip else dict(_AROUND)
     if cpus is None:
         cpus = 0 if server.head_works() else 1
     handed = [*work.words, "--json"], work.job, work.name, work.metadata, environment, cpus

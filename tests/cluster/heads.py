@@ -54,7 +54,7 @@ class Started:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [
-                    *before, *RAY, "start", "--block", *words, "--node-ip-address=127.0.0.1",
+                    *before, *RAY, "start", "--block", *words,
                     f"--dashboard-agent-listen-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0",
                     "--disable-usage-stats",
                 ],
@@ -105,8 +105,9 @@ class Head(Started):
         super().__init__(
             self.folder,
             [
-                "--head", f"--port={port}", f"--num-cpus={cpus}", "--dashboard-host=127.0.0.1",
-                f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}",
+                "--head", "--node-ip-address=127.0.0.1", f"--port={port}", f"--num-cpus={cpus}",
+                "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+                f"--ray-client-server-port={free_port()}",
                 f"--temp-dir={self.folder}",
             ],
             self._shared,
@@ -114,8 +115,9 @@ class Head(Started):
         self.wait(lambda: self.answer("/api/jobs/", self.token) == 200)
 
     def add_node(self, before: Sequence[str] = ()) -> Started:
-        """One more node, of one CPU, with temporary files of its own: nodes that share them overwrite each other's."""
-        words = [f"--address={self.gcs}", "--num-cpus=1", f"--temp-dir={self.folder}/{len(self._nodes)}"]
+        """One more node, of one CPU and with an address of its own. Two that start at once would take each other's
+        sockets."""
+        words = [f"--address={self.gcs}", f"--node-ip-address=127.0.0.{2 + len(self._nodes)}", "--num-cpus=1"]
         node = Started(self.folder, words, self._shared, before)
         self._nodes.append(node)
         node.wait(lambda: node.started)

@@ -146,7 +146,8 @@ def test_a_sweep_loses_a_node_and_is_charged_for_what_all_attempts_executed(clus
     trials = {trial["id"]: trial for trial in ended.json["result"]["trials"]}
     assert [(t["status"], t["authorised_steps"]) for t in trials.values()] == [("completed", 33), ("completed", 30)]
     # As Ray's dashboard shows it: both trials, each group of workers over two nodes.
-    shown = {run["name"]: run for run in cluster.head.get("/api/train/v2/runs/v1")["train_runs"]}
+    runs = cluster.head.get("/api/train/v2/runs/v1")["train_runs"]
+    shown = {run["name"]: run for run in runs if run["name"].startswith(name)}
     assert shown.keys() == trials.keys()
     groups = [attempt["workers"] for run in shown.values() for attempt in run["attempts"]]
     assert [len({worker["node_id"] for worker in group}) for group in groups] == [2, 2, 2]
