@@ -113,12 +113,17 @@ def prepared_for(client: AccountantClient, job: Job, everywhere: Everywhere | No
     return prepare(job, *keys, everywhere or one_by_one)
 
 
+def train_worker(config: dict[str, Any]) -> None:
+    """The loop that every worker runs. It goes there by this name, so that no driver imports what only workers use."""
+    from training.worker import train_worker as loop
+
+    loop(config)
+
+
 def _fit(
     ledger: str, job: Job, lease: str, folder: Path, mark: tuple[str, str], prepared: Path, callbacks: Sequence[Any]
 ) -> Outcome:
     from ray.train.v2.api.exceptions import TrainingFailedError
-
-    from training.worker import train_worker
 
     config = {
         "job": job.model_dump(mode="json", include=set(Job.model_fields)),
