@@ -203,7 +203,7 @@ def startup(folder: Path, rounds: int) -> dict[str, float]:
 def measure(quick: bool) -> dict[str, Any]:
     """All of it."""
     with tempfile.TemporaryDirectory() as name:
-        return {**startup(Path(name), 0 if quick else 5), **metrics(Path(name), 3 if quick else 9)}
+        return {**startup(Path(name), 0 if quick else 3), **metrics(Path(name), 3 if quick else 9)}
 
 
 if __name__ == "__main__":
