@@ -176,7 +176,7 @@ def prepare_seconds(folder: Path) -> float:
 
 
 def startup(folder: Path, rounds: int) -> dict[str, float]:
-    """See `startup_vs_bare_train`; without `rounds`, of the one that comes before them."""
+    """See `startup_vs_bare_train`; of no rounds it is that of the one before them."""
     cluster = Cluster(folder)
     stages: dict[str, list[dict[str, float]]] = {"ours": [], "bare": []}
     sides: dict[str, Callable[[], dict[str, float]]] = {"ours": cluster.ours, "bare": cluster.bare}
