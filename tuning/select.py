@@ -19,7 +19,7 @@ from cluster.accounting.actor import AccountantClient
 from cluster.accounting.answers import explain
 from cluster.accounting.books import Account
 from cluster.accounting.mechanisms import Charge
-from cluster.errors import PurserError, without_content
+from cluster.errors import PurserError, UsageError, without_content
 from cluster.files import copy_whole, write_whole
 from cluster.screen import Screen
 from cluster.service import Desk, open_desk
@@ -82,9 +82,15 @@ def select(job: SweepJob, screen: Screen, resume: str | None = None, name: str |
     lease, sealed = f"{name}-select", Sealed(folder)
     outcome, winner = Outcome(COMPLETED), Winner.kept(folder)
     if winner is None:
+        drawn = sealed.drawn_for(job)
+        if not drawn and leases.known(lease) and any(books.charged(lease, account) for account in job.charged):
+            raise UsageError(
+                f"SWEEP: {name} was paid for, but what it had drawn is not in {folder} any more; put the folder back. "
+                "Nothing is drawn twice for one price: to pay for another selection, give it another --name."
+            )
         answer = leases.reserve(lease, name, job.selection(order))
         if answer.fits:
-            if not sealed.drawn_for(job):
+            if not drawn:
                 sealed.draw(job, order)
             outcome = _run(job, order, desk, lease, name, folder, screen)
         else:

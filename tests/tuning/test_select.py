@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,11 +61,11 @@ def selected(home, monkeypatch):
     home.mkdir()
     monkeypatch.chdir(home)
 
-    def run(accuracies, *changes, resume=None):
+    def run(accuracies, *changes, resume=None, name=None):
         monkeypatch.setattr(module, "draw", lambda repetitions: len(accuracies))
         monkeypatch.setattr(select, "_run", ran(accuracies))
         job = load(SweepJob, DIGITS, [*SELECT, *changes])
-        result = select.select(job, Screen(as_json=False), resume)
+        result = select.select(job, Screen(as_json=False), resume, name)
         return result, home / "runs" / result["sweep"]
 
     return run
@@ -146,6 +147,26 @@ def test_a_changed_job_does_not_go_on(selected, monkeypatch):
     (folder,) = (Path(os.environ["PURSER_HOME"]) / "runs").iterdir()
     with pytest.raises(UsageError, match="unchanged or not at all"):
         selected([0.4], "training.optimizer.momentum=0.5", resume=folder.name)
+
+
+def test_nothing_is_drawn_twice_for_one_price(selected, monkeypatch):
+    """What was drawn is lost with its folder: the same job under the same name would find itself paid for."""
+    with monkeypatch.context() as patch:
+        patch.setattr(select, "_decide", lambda sealed, folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            selected([0.4, 0.8], name="mine")
+    folder = Path(os.environ["PURSER_HOME"]) / "runs" / "mine"
+    shutil.move(folder, folder.parent / "kept")
+    books = Books(Ledger(f"sqlite:///{folder.parents[1]}/ledger.db"))
+    heads = [books.show(account).head for account in ACCOUNTS]
+    with pytest.raises(UsageError, match="Nothing is drawn twice for one price"):
+        selected([0.9], name="mine")
+    assert not (folder / "sealed").exists()
+    assert [books.show(account).head for account in ACCOUNTS] == heads
+    shutil.rmtree(folder)
+    shutil.move(folder.parent / "kept", folder)
+    result, _ = selected([], name="mine")
+    assert result["best"]["metrics"]["accuracy"] == 0.8
 
 
 @pytest.mark.parametrize(("count", "paid", "status"), [(2, True, FAILED), (0, False, FAILED), (0, True, COMPLETED)])
