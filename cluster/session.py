@@ -15,6 +15,8 @@ from pathlib import Path
 from cluster.environment import CPUS, HOME, LEDGER, NAMESPACE, ROOTS, cluster_address, home, ledger_file, ledger_url
 from cluster.errors import UsageError
 
+PATIENCE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # Ray's own, by default a minute; its group is tried twice
+
 
 def cpus() -> int:
     """The cores this machine gives us, at least two."""
@@ -37,7 +39,7 @@ def cpus_per_worker() -> float:
 
 
 def groups_at_once(workers: int, device: str) -> int:
-    """How many worker groups of so many workers this Ray holds, at least one.
+    """How many worker groups of so many workers this Ray has room for now, at least one.
 
     Raises:
         UsageError: see `check_gpus`.
@@ -47,7 +49,7 @@ def groups_at_once(workers: int, device: str) -> int:
     if cluster_address() is not None or device == "gpu":
         import ray
 
-        held = ray.cluster_resources()
+        held = ray.available_resources()
     groups = held.get("CPU", 0.0) / (workers * cpus_per_worker())
     if device == "gpu":
         groups = min(groups, held.get("GPU", 0.0) / workers)
@@ -100,6 +102,7 @@ def join(address: str) -> str:
     """
     _check_working_folder()
     variables = {name: value for name, value in environment().items() if name != LEDGER}
+    variables[PATIENCE] = os.environ.get(PATIENCE, "1800")  # for nodes that are yet to come, or others' to leave
     os.environ.update(variables, RAY_OVERRIDE_JOB_RUNTIME_ENV="1")  # a job may have been sent with some of these
     import ray
 
@@ -149,7 +152,9 @@ def local_ray(folder: Path) -> Iterator[str]:
     on: without it a stopped trial's workers are never freed.
     """
     os.chdir(folder)
-    os.environ.update(environment())
+    # Nobody calls this machine back, so that no worker group needs a process that watches for it.
+    variables = {**environment(), "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+    os.environ.update(variables)
     import ray
 
     context = ray.init(
@@ -159,7 +164,7 @@ def local_ray(folder: Path) -> Iterator[str]:
         include_dashboard=True,
         dashboard_host="127.0.0.1",
         logging_level="ERROR",
-        runtime_env={"env_vars": environment()},
+        runtime_env={"env_vars": variables},
     )
     try:
         yield str(context.dashboard_url)

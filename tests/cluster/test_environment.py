@@ -13,7 +13,6 @@ import sys
 import threading
 import warnings
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
@@ -297,10 +296,11 @@ def test_a_worker_asks_for_a_core_of_a_cluster_and_half_of_one_here(monkeypatch)
 
 def test_a_gpu_that_is_not_there_is_missed_here_and_waited_for_on_a_cluster(monkeypatch):
     class Ray:
-        held: ClassVar = {"CPU": 8.0, "GPU": 2.0}
-
         def cluster_resources(self):
-            return self.held
+            return {"CPU": 9.0, "GPU": 2.0}
+
+        def available_resources(self):
+            return {"CPU": 8.0, "GPU": 2.0}
 
     monkeypatch.setitem(sys.modules, "ray", Ray())
     monkeypatch.setenv("PURSER_CPUS_PER_WORKER", "1")

@@ -28,13 +28,11 @@ SWEEP = [
     *("training.workers=2", f"training.steps={STEPS}", f"training.block={BLOCK}", "tuning.search=grid"),
     "tuning.space={training.noise_multiplier: {choice: [10.0, 12.0]}}",
 ]
-RUN = [
-    "--as",
-    "train",
-    "training.workers=1",
-    "training.steps=3000",
-    "training.block=50",
-    "training.noise_multiplier=90",
+AROUND = "training.noise_multiplier"
+RUN = ["--as", "train", "training.workers=1", f"{AROUND}=90"]
+LONG = [
+    *("training.workers=1", "training.steps=2000", "training.block=50", "tuning.trials=2", "tuning.search=random"),
+    f"tuning.space={{{AROUND}: {{uniform: [90, 120]}}}}",
 ]
 
 
@@ -154,23 +152,36 @@ def test_a_sweep_loses_a_node_and_is_charged_for_what_all_attempts_executed(clus
 
 
 def test_a_lost_cluster_is_followed_by_another_over_the_same_ledger(cluster):
-    name = cluster.submitted(*RUN)
+    """What was over is neither run nor charged again, what was under way goes on, the candidates are those that were
+    drawn."""
+    name = cluster.submitted(*LONG)
     eventually(lambda: cluster.steps(name) >= 100 or cluster.over(name))
     cluster.head.lose()
-    before = cluster.steps(name)
-    assert before < 3000
+    candidates = (cluster.home / "runs" / name / "candidates.json").read_bytes()
+    before = {row["key"] for row in cluster.entries("authorise", name)}
     cluster.head = cluster.started()
     for _ in range(2):
         cluster.head.add_node()
     cluster.shell("accountant", "start", ledger=cluster.url)
-    assert cluster.submitted(*RUN) == name
+    assert cluster.submitted(*LONG) == name
     ended = cluster("logs", name, "--follow", "--json")
     assert ended.code == 0, ended.err
-    assert ended.json["result"]["run"] == name
-    opened = cluster.entries("open", name)
-    assert [row["attempt"] for row in opened] == [1, 2]
-    assert cluster.steps(name) == before + 3000 - opened[1]["body"]["done"]
-    assert cluster.steps(name) >= len(cluster.executed(name)) >= 3000
+    result = ended.json["result"]
+    assert result["sweep"] == name
+    assert (cluster.home / "runs" / name / "candidates.json").read_bytes() == candidates
+    assert [trial["config"] for trial in result["trials"]] == json.loads(candidates)
+    attempts = []
+    for trial in result["trials"]:
+        lease = trial["id"]
+        assert trial["status"] == "completed"
+        assert trial["authorised_steps"] == cluster.steps(lease) >= len(cluster.executed(lease)) >= 2000
+        opened = cluster.entries("open", lease)
+        last = [row for row in cluster.entries("authorise", lease) if row["attempt"] == opened[-1]["attempt"]]
+        assert sum(row["steps"] for row in last) == 2000 - opened[-1]["body"]["done"]
+        assert len(cluster.entries("settle", lease)) == 1
+        attempts.append(len(opened))
+    assert max(attempts) == 2, "it was lost in the middle of a run"
+    assert before <= {row["key"] for row in cluster.entries("authorise", name)}, "nothing was taken back"
     books = Books(Ledger(cluster.url))
     assert books.verify("digits/train").valid
     assert books.show("digits/train").reserved_cost == 0
