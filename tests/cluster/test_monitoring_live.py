@@ -89,6 +89,8 @@ def prometheus(accountant, ray_session, tmp_path_factory):
     targets = [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in ray_session.nodes()]
     server = Prometheus(folder, targets, rules)
     try:
+        # Of accountants before ours, in the same Ray, Prometheus hears for half a minute more.
+        eventually(lambda: len(server.series('ray_purser_ledger_head{account="d", partition="train"}')) == 1)
         eventually(lambda: server.value(of_train("spent_cost")) and len(server.series("ray_purser_refusals_total")))
         yield server
     finally:
