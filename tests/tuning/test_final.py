@@ -76,7 +76,7 @@ class Scene:
             number += 1
             assert self.leases.reserve(f"other-{number}", "other", one[:1]).fits
 
-    def trains(self, client, ledger, job, lease, by, folder, dies_after=None):
+    def trains(self, client, ledger, job, lease, by, folder, mark, dies_after=None):
         """In place of `training.driver.train`."""
         assert client.reserve(lease, by, job.charges()).fits
         self.runs.append((lease, job))
