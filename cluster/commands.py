@@ -59,7 +59,7 @@ def start(
     from cluster.service import start_accountant
 
     screen = Screen(as_json)
-    _described(screen, start_accountant(single_machine), "runs")
+    _described(screen, start_accountant(single_machine))
     screen.say("Next: purser budget create JOB --address http://HEAD:8265")
 
 
@@ -71,7 +71,7 @@ def accountant_status(address: Elsewhere = None, as_json: Json = False) -> None:
         raise typer.Exit(_ask(address, ["accountant", "status"], screen))
     from cluster.service import accountant_status as asked
 
-    _described(screen, asked(), "runs")
+    _described(screen, asked())
 
 
 @accountant.command("stop")
@@ -87,9 +87,9 @@ def stop_accountant(address: Elsewhere = None, as_json: Json = False) -> None:
     screen.result({"protocol": None, "ledger": None, "accounts": []})
 
 
-def _described(screen: Screen, described: dict[str, Any], verb: str) -> None:
+def _described(screen: Screen, described: dict[str, Any]) -> None:
     screen.say(f"Ledger {described['place']}", markup=False)
-    screen.say(f"The accountant {verb}: protocol {described['protocol']}, {len(described['accounts'])} accounts.")
+    screen.say(f"The accountant runs: protocol {described['protocol']}, {len(described['accounts'])} accounts.")
     screen.result({key: described[key] for key in ("protocol", "ledger", "place", "code", "accounts")})
 
 

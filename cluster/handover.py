@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import PurserError, Refused, UsageError
@@ -30,7 +30,6 @@ class Transcript:
     say: Callable[[str], None]
     result: dict[str, Any] | None = None
     sentence: str = ""
-    left_out: list[str] = field(default_factory=list)
 
     def take(self, line: str) -> None:
         """Sort one line."""
@@ -38,9 +37,7 @@ class Transcript:
             self.result = found
         elif line.startswith(_SENTENCE):
             self.sentence = line.removeprefix(_SENTENCE)
-        elif _RAYS.match(line):
-            self.left_out.append(line)
-        else:
+        elif not _RAYS.match(line):
             self.say(line)
 
 

@@ -17,6 +17,7 @@ from cluster import environment
 from cluster.errors import UsageError, without_content
 from cluster.files import write_whole
 from cluster.screen import Screen
+from training.folder import JOB
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,7 +38,7 @@ class Released:
 
     def _job(self) -> dict[str, Any]:
         """The job of the run, where the release still lies in the run's folder."""
-        job = self.folder.parent / "job.json"
+        job = self.folder.parent / JOB
         return json.loads(job.read_text(encoding="utf-8")) if job.is_file() else {}
 
     @property

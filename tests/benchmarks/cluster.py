@@ -23,7 +23,6 @@ worker; Opacus is imported there. What only the bare side does: it imports sciki
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
 import statistics
@@ -31,7 +30,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -150,10 +148,7 @@ class Cluster:
         return stages
 
     def _jobs(self) -> dict[str, str]:
-        request = urllib.request.Request(f"{self._head.address}/api/jobs/")
-        request.add_header("Authorization", f"Bearer {self._head.token}")
-        with urllib.request.urlopen(request, timeout=10) as response:
-            return {job["submission_id"]: job["status"] for job in json.load(response) if job["submission_id"]}
+        return {job["submission_id"]: job["status"] for job in self._head.get("/api/jobs/") if job["submission_id"]}
 
     def _entries(self) -> Mapping[str, int]:
         with closing(sqlite3.connect(f"file:{self._ledger}?mode=ro", uri=True)) as database:
