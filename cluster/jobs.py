@@ -122,10 +122,13 @@ class JobServer:
             environment: of Ray's runtime environment what is beside the staged folder.
             cpus: that the command itself asks for; one that asks for none runs on the head node.
         """
+        # `exec`: Ray ends the processes that it sees below the command's shell at that moment, and one that the shell
+        # starts a moment later would run on, and be charged, after it was said to be stopped.
+        command = "exec " + shlex.join(["python", "-m", "purser", *words])
         with staged(job) as folder:
             try:
                 made = self._client.submit_job(
-                    entrypoint=shlex.join(["python", "-m", "purser", *words]),
+                    entrypoint=command,
                     submission_id=name,
                     runtime_env={**environment, "working_dir": str(folder)},
                     metadata=dict(metadata),

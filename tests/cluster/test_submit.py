@@ -5,8 +5,11 @@ log, the books from afar are the ledger's (P1, P4), and an accountant of another
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import time
 
+import psutil
 import pytest
 from heads import BIN, RAY, Head
 from product import DIGITS, Ended, Purser
@@ -60,6 +63,12 @@ def cluster(tmp_path_factory):
     made = Cluster(tmp_path_factory.mktemp("cluster"))
     yield made
     made.head.end()
+
+
+def drivers(name: str) -> list[int]:
+    """The processes of a submission's command, and of a shell before it."""
+    said = {one.pid: " ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])}
+    return [pid for pid, words in said.items() if "-m purser " in words and name in words]
 
 
 def sentence(ended: Ended, code: int, *words: str) -> None:
@@ -150,9 +159,14 @@ def test_the_same_job_submitted_twice_is_charged_once_and_the_books_from_afar_ar
 def test_a_job_is_stopped_and_keeps_what_it_has_not_used(cluster):
     before = Books(Ledger(cluster.url)).show("digits/train")
     name = cluster(*JOB, "--name", "to be stopped").json["submission_id"]
+    while not (commands := drivers(name)):
+        time.sleep(0.1)
+    # No shell stands before the command: Ray ends what it sees below one, and what that starts later would run on.
+    assert [os.getpgid(pid) for pid in commands] == commands
     ended = cluster("stop", name, "--json")
     assert (ended.code, ended.json) == (0, {"submission_id": name, "status": "stopped"}), ended.err
     assert cluster("stop", name).code == 0, "harmless"
+    assert drivers(name) == []
     sentence(cluster("logs", name, "--follow"), 1, "was stopped")
     assert Books(Ledger(cluster.url)).show("digits/train").spent_cost == before.spent_cost
 
