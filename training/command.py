@@ -5,8 +5,9 @@ Joins books, Ray session and driver; shows progress as the ledger knows it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from cluster import environment
@@ -55,7 +56,7 @@ def run(
             f"RUN: {resume} never held a lease, so there is nothing to go on with; start a new run (a sweep goes on "
             "with purser tune --resume)."
         )
-    greet(screen, books.place, accounts, made)
+    greet(screen, books.place, accounts, made, job)
     planned = job.training.steps
     result = {
         "run": name,
@@ -97,8 +98,8 @@ def run(
     return result
 
 
-def greet(screen: Screen, url: str, accounts: Sequence[Account], made: bool) -> None:
-    """Say which books are used and how they stand."""
+def greet(screen: Screen, url: str, accounts: Sequence[Account], made: bool, job: Job) -> None:
+    """Say which books are used and how they stand, and what DeepSpeed is given where it takes the steps of `job`."""
     first = accounts[0]
     screen.say(f"Ledger {url}")
     screen.say(
@@ -109,6 +110,8 @@ def greet(screen: Screen, url: str, accounts: Sequence[Account], made: bool) -> 
         screen.say(
             f"  {account.account}: order {account.order}, {account.remaining_cost / account.budget_cost:.1%} left"
         )
+    if (config := job.training.zero) is not None:
+        screen.say(f"DeepSpeed {json.dumps(config)}", markup=False)
 
 
 def refused(leases: Leases, job: Job, lease: str, accounts: Sequence[Account]) -> str:
@@ -160,9 +163,16 @@ def _conclude(screen: Screen, outcome: Outcome, result: Mapping[str, Any]) -> No
 
 def rehearse(job: Job, screen: Screen) -> dict[str, Any]:
     """Try the job's clipping and memory on synthetic inputs in this process; nothing is read, nothing charged."""
-    from training.models import rehearsed
+    from training.models import device_of, rehearsed
 
-    _, seen = rehearsed(job)
+    config, alone = job.training.zero, ExitStack()
+    with alone:
+        if config is not None:
+            from training.engine.zero import group_of_one
+
+            alone.enter_context(group_of_one(device_of(job)))
+            screen.say(f"DeepSpeed {json.dumps(config)}", markup=False)
+        _, seen = rehearsed(job)
     screen.say(
         f"Rehearsal on synthetic inputs: {seen.parameters} parameters; one unit contributes at most "
         f"{seen.largest_norm:.7f} × max_grad_norm, whatever its companions; a micro-batch of "
@@ -178,4 +188,5 @@ def rehearse(job: Job, screen: Screen) -> dict[str, Any]:
         "metrics": {},
         "release": None,
         "rehearsal": vars(seen),
+        "deepspeed": config,
     }

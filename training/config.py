@@ -17,6 +17,7 @@ from cluster.accounting.books import PARTITIONS, Dataset
 from cluster.accounting.mechanisms import NOISE_MULTIPLIER_BOUNDS, SAMPLE_RATE_BOUNDS, Charge, DiscreteGaussian
 from cluster.errors import UsageError
 from training.engine.run import DPSGDRun
+from training.engine.zero_config import configuration as zero_configuration
 from training.jobfile import override, parse
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -175,9 +176,15 @@ class Optimizer(Section):
 
 
 class Training(Section):
-    """DP-SGD: σ, C, B, T and how they are run; with device gpu each worker has a GPU of its own."""
+    """DP-SGD: σ, C, B, T and how they are run; with device gpu each worker has a GPU of its own.
 
-    backend: Literal["torch"] = "torch"
+    With backend deepspeed the optimizer's states are sharded by ZeRO in stage `zero_stage`, and `deepspeed` is what of
+    a DeepSpeed configuration is added to the one that is made (`training.engine.zero_config`).
+    """
+
+    backend: Literal["torch", "deepspeed"] = "torch"
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    deepspeed: dict[str, Any] = {}
     workers: Annotated[int, Field(ge=1, le=64)] = 2
     device: Literal["cpu", "gpu"] = "cpu"
     steps: Count = 80
@@ -190,6 +197,26 @@ class Training(Section):
     clipping: Literal["bookkeeping", "hooks"] = "bookkeeping"
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: Literal["none", "full"] = "none"
+
+    @model_validator(mode="after")
+    def _checks(self) -> Training:
+        if self.backend == "torch":
+            if self.deepspeed:
+                raise ValueError("deepspeed: it is for backend: deepspeed; leave it out, or write that")
+        elif self.clipping == "hooks":
+            raise ValueError(
+                "clipping: hooks lets autograd sum gradients on parameters, where DeepSpeed would take them up before "
+                "there is noise; write bookkeeping"
+            )
+        self.zero  # noqa: B018 (what it refuses, a job may not have)
+        return self
+
+    @property
+    def zero(self) -> dict[str, Any] | None:
+        """The DeepSpeed configuration, public; None with backend torch."""
+        if self.backend == "torch":
+            return None
+        return zero_configuration(self.zero_stage, self.precision, self.physical_batch_size, self.deepspeed)
 
 
 class Groups(Section):

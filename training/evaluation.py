@@ -146,6 +146,7 @@ def _per_record(model: nn.Module, shard: Shard, evaluation: Evaluation, rows: in
     """How good `model` is on each record, float64 in [0, 1]: 1 where its label is right, or the share of the bound that
     its loss leaves. Batches have one shape, so that no record changes how another's is computed."""
     training, device = model.training, next(model.parameters()).device
+    bf16 = next(model.parameters()).dtype == torch.bfloat16  # DeepSpeed's: they take numbers in fp32 by autocast only
     found = [torch.zeros(0, dtype=torch.float64)]
     model.eval()
     for start in range(0, len(shard.labels), rows):
@@ -154,11 +155,12 @@ def _per_record(model: nn.Module, shard: Shard, evaluation: Evaluation, rows: in
         one_each = torch.arange(len(labels))
         batch = MicroBatch(shard.features[some], labels, one_each, len(labels), mask)
         batch = in_one_shape(model, batch, rows).to(device)
-        if evaluation.metric == "accuracy":
-            good = logits_of(model, batch)[: len(labels)].argmax(1).cpu() == labels
-        else:
-            lost = record_losses(model, batch).double().cpu() / evaluation.loss_bound
-            good = 1 - lost.nan_to_num(nan=1.0).clamp(0, 1)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            if evaluation.metric == "accuracy":
+                good = logits_of(model, batch)[: len(labels)].argmax(1).cpu() == labels
+            else:
+                lost = record_losses(model, batch).double().cpu() / evaluation.loss_bound
+                good = 1 - lost.nan_to_num(nan=1.0).clamp(0, 1)
         found.append(good.double())
     model.train(training)  # at a rung the run goes on, and hooks see only a model that trains
     return torch.cat(found)

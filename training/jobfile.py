@@ -6,6 +6,7 @@ Imports nothing heavy. No data is touched here.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
@@ -60,7 +61,7 @@ def load(kind: type[J], path: Path, assignments: Sequence[str] = (), *, elsewher
         values[key] = _read_yaml(value, f"{key}: {value!r}")
     if not isinstance(raw, dict):
         raise UsageError(f"JOB: {path} holds no sections; it needs account, privacy, data and model.")
-    job = parse(kind, override(raw, values))
+    job = parse(kind, _with_deepspeed(override(raw, values), path.parent))
     if elsewhere:
         _check_elsewhere(job, path.parent)
         return job
@@ -72,6 +73,22 @@ def load(kind: type[J], path: Path, assignments: Sequence[str] = (), *, elsewher
     if (model := job.model.path) is not None and _names_a_folder(model, path.parent):
         sections["model"] = job.model.model_copy(update={"path": _absolute(model, path.parent, "model.path")})
     return job.model_copy(update=sections)
+
+
+def _with_deepspeed(raw: dict[str, Any], beside: Path) -> dict[str, Any]:
+    """`raw` with the content of the file that `training.deepspeed` names: it is part of the job, wherever that runs."""
+    training = raw.get("training")
+    if not isinstance(training, dict) or not isinstance(named := training.get("deepspeed"), str):
+        return raw
+    path = Path(_absolute(named, beside, "training.deepspeed"))
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"training.deepspeed: {path} cannot be read ({type(error).__name__}); name a DeepSpeed configuration in "
+            "JSON, or write its keys here."
+        ) from None
+    return {**raw, "training": {**training, "deepspeed": said}}
 
 
 def _check_elsewhere(job: Job, beside: Path) -> None:

@@ -6,6 +6,9 @@ Layers are those that the engine allows by name (`training.engine.validation`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -13,6 +16,7 @@ from cluster.errors import UsageError
 from training.config import Job, Model
 from training.data import declared, image_of
 from training.engine.rehearsal import Inputs, Rehearsal, rehearse
+from training.engine.stepper import Maker, TorchStepper
 from training.engine.trainer import PrivateTrainer
 
 
@@ -27,9 +31,21 @@ def rehearsed(job: Job) -> tuple[PrivateTrainer, Rehearsal]:
     model, inputs = _of_text(job) if job.model.reads_text else _of_table(job)
     model.to(device)
     trainer = PrivateTrainer(
-        model, how.optimizer, job.run(), how.clipping, how.precision, how.activation_checkpointing == "full"
+        model,
+        how.optimizer,
+        job.run(),
+        how.clipping,
+        how.precision,
+        how.activation_checkpointing == "full",
+        TorchStepper if how.zero is None else _zero(how.zero),
     )
     return trainer, rehearse(trainer, inputs)
+
+
+def _zero(config: Mapping[str, Any]) -> Maker:
+    from training.engine.zero import Zero
+
+    return Zero(config)
 
 
 def device_of(job: Job) -> torch.device:

@@ -11,7 +11,8 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ LEAVING = (
     *("base/model.safetensors", "base/config.json", "base/generation_config.json"),
 )
 METRICS = "metrics.json"  # of a rung
-LIBRARIES = ("purser", "torch", "opacus", "opendp", "ray")  # and transformers and peft, where they were used
+LIBRARIES = ("purser", "torch", "opacus", "opendp", "ray")  # and transformers, peft and deepspeed, where they were used
 EXCLUDED = (
     "timing, memory use, crashes and out-of-memory stops are side channels outside the guarantee",
     "the guarantee is for idealised real arithmetic with computationally secure randomness; floating-point effects are "
@@ -46,15 +47,29 @@ EXCLUDED = (
 
 def write_model(model: nn.Module, folder: Path, job: Job) -> None:
     """Write what may leave of the noised `model` of `job`, whole or not at all."""
-    if not job.model.reads_text:
-        write_weights(model, folder)
-        return
-    from training import language
+    with _apart(model):
+        if not job.model.reads_text:
+            write_weights(model, folder)
+            return
+        from training import language
 
-    draft = folder / f".{MODEL}"
-    shutil.rmtree(draft, ignore_errors=True)
-    language.save(model, job, draft)
+        draft = folder / f".{MODEL}"
+        shutil.rmtree(draft, ignore_errors=True)
+        language.save(model, job, draft)
     put_whole(draft, folder / MODEL)
+
+
+@contextmanager
+def _apart(model: nn.Module) -> Iterator[None]:
+    """DeepSpeed makes parameters views of one tensor, which libraries take for tied weights: not so in the block."""
+    views = [(p, p.data) for p in model.parameters() if p.untyped_storage().nbytes() > p.numel() * p.element_size()]
+    for p, view in views:
+        p.data = view.clone()
+    try:
+        yield
+    finally:
+        for p, view in views:
+            p.data = view
 
 
 def write_weights(model: nn.Module, folder: Path) -> None:
@@ -167,6 +182,9 @@ def statement(
             "model": job.model.public().model_dump(mode="json", exclude_none=True),
             **({"labels": list(label.categories)} if job.model.reads_text and (label := job.data.label) else {}),
             "optimizer": job.training.optimizer.model_dump(mode="json"),
+            "precision": job.training.precision,
+            "backend": job.training.backend,
+            **({} if job.training.zero is None else {"zero_stage": job.training.zero_stage}),
         },
         "tuning": tuning,
         "partitions": partitions,
@@ -196,8 +214,8 @@ def write_release(folder: Path, model: Path, said: Mapping[str, Any]) -> Path:
 
 
 def _libraries(job: Job) -> tuple[str, ...]:
-    text = ("transformers", "peft") if job.model.lora else ("transformers",)
-    return (*LIBRARIES, *text) if job.model.reads_text else LIBRARIES
+    text = ("transformers", *(("peft",) if job.model.lora else ())) if job.model.reads_text else ()
+    return (*LIBRARIES, *text, *(("deepspeed",) if job.training.zero is not None else ()))
 
 
 def _public_data(job: Job) -> str:

@@ -6,6 +6,7 @@ that carry our own sentence or a type and a place, never a library's message (P1
 
 from __future__ import annotations
 
+import functools
 import secrets
 import tempfile
 from collections.abc import Callable
@@ -225,16 +226,27 @@ def _restore(trainer: PrivateTrainer) -> int:
     if checkpoint is None:
         return 0
     with checkpoint.as_directory() as folder:
-        state = torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
-    trainer.load_state_dict(state)
+        read = functools.partial(torch.load, weights_only=True, map_location="cpu")
+        state = read(Path(folder) / "state.pt")
+        mine = Path(folder) / _shard_of(ray.train.get_context().get_world_rank())
+        trainer.load_state_dict(state, read(mine) if mine.exists() else None)
     return int(state["steps"])
 
 
+def _shard_of(rank: int) -> str:
+    return f"shard-{rank}.pt"
+
+
 def _report(trainer: PrivateTrainer, metrics: dict[str, Any], rank: int) -> None:
+    """Report, with a checkpoint: what is whole from rank 0, and from every rank its shard of the optimizer."""
     only_public(metrics)
-    if rank != 0:
+    shard = trainer.shard_dict()
+    if rank != 0 and not shard:
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory() as folder:
-        torch.save({**trainer.state_dict(), "steps": metrics["steps"]}, Path(folder) / "state.pt")
+        if rank == 0:
+            torch.save({**trainer.state_dict(), "steps": metrics["steps"]}, Path(folder) / "state.pt")
+        if shard:
+            torch.save(shard, Path(folder) / _shard_of(rank))
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))

@@ -60,7 +60,7 @@ def tune(job: SweepJob, screen: Screen, resume: str | None = None, name: str | N
     if resume is None and not (folder / CANDIDATES).exists():
         keep_candidates(folder, [] if job.tuning.search == "optuna" else list(proposals(job, orders[0])))
     trials = trials_of(job, name, folder)
-    greet(screen, books.place, accounts, made)
+    greet(screen, books.place, accounts, made, job)
     before = accounts
 
     leases.expire_dead()

@@ -153,7 +153,7 @@ class Tuning(Section):
         """Candidates of a private selection are drawn alike and independently, and only the best is released."""
         if self.trials < 2 and self.repeats.distribution != "poisson":
             raise ValueError("trials: 1 was given; in select mode it is the mean of K, choose 2 or more")
-        for name in ("training.workers", "training.backend", "model.path"):
+        for name in ("training.workers", "training.backend", "training.zero_stage", "model.path"):
             if name in self.space:
                 raise ValueError(
                     f"space: {name} cannot be searched in select mode, its worker groups serve any candidate"

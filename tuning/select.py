@@ -76,7 +76,7 @@ def select(job: SweepJob, screen: Screen, resume: str | None = None, name: str |
     accounts, made = admit(books, job.plain, planned(job), job.tuning.trials)
     name, folder = opened(job, resume, name)
     alive = environment.Alive(name)
-    greet(screen, books.place, accounts, made)
+    greet(screen, books.place, accounts, made, job)
     order = accounts[0].order
     leases.expire_dead()
     lease, sealed = f"{name}-select", Sealed(folder)

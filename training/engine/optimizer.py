@@ -14,11 +14,13 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.distributed as dist
 from opacus.optimizers import DPOptimizer
+from torch import nn
 
 from cluster.errors import PurserError
 from training.engine.contributions import Contribution, clip_factors
 from training.engine.randomness import Keystream
 from training.engine.run import DPSGDRun
+from training.engine.stepper import Stepper, held
 
 # The released sum lies on multiples of a public power of two, about σC·2^-18: the low bits of floating-point noise,
 # by which sums can be told apart (Mironov 2012), are not released.
@@ -95,7 +97,7 @@ class PrivateOptimizer(DPOptimizer):
     """`torch.optim.Optimizer` over finished private gradients.
 
     Args:
-        optimizer: the optimizer that takes the step; its parameters must be hooked by Opacus's GradSampleHooks with
+        stepper: what takes the step; its parameters must be hooked by Opacus's GradSampleHooks with
             loss_reduction="sum".
         run: σ, C and B; there is no other place they could be set.
 
@@ -104,10 +106,11 @@ class PrivateOptimizer(DPOptimizer):
     takes the same step; what is divided by is the declared B.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, run: DPSGDRun) -> None:
+    def __init__(self, stepper: Stepper, run: DPSGDRun) -> None:
         self._run = run
+        self._stepper = stepper
         super().__init__(
-            optimizer,
+            stepper.optimizer,
             noise_multiplier=run.noise_multiplier,
             max_grad_norm=run.max_grad_norm,
             expected_batch_size=run.expected_batch_size,
@@ -120,6 +123,11 @@ class PrivateOptimizer(DPOptimizer):
         self._group = process_group()
         self._carrier = carrier_of(run, ranks(), self._size)
         self._grid = grid_of(run, ranks() > 1 and self._carrier == torch.float32)
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """Those of the model that train; what the stepper's own optimizer holds may be a part of a copy of them."""
+        return self._stepper.parameters
 
     @property
     def noise_multiplier(self) -> float:
@@ -192,8 +200,9 @@ class PrivateOptimizer(DPOptimizer):
         """Noise, reduce, scale and apply the sum; the same on every rank, whatever it accumulated.
 
         Raises:
-            PurserError: another rank ended or kept silent for longer than the process group's timeout, or the process
-                group is not the one that the optimizer was made in.
+            PurserError: another rank ended or kept silent for longer than the process group's timeout, the process
+                group is not the one that the optimizer was made in, or a parameter holds a gradient already, which no
+                noise covers.
         """
         self._check_whole()
         self._whole = False
@@ -202,6 +211,11 @@ class PrivateOptimizer(DPOptimizer):
                 "training: the process group changed after the trainer was made, so that the ranks would no longer add "
                 "up to one step; make the trainer after init_process_group, and end it before the group."
             )
+        if any(p.grad is not None for p in self.params):
+            raise PurserError(
+                "training: a parameter holds a gradient that no noise covers, and it would be applied; call no "
+                "backward pass but the trainer's. What was authorised is spent."
+            )
         distributed = is_distributed()
         if not distributed or dist.get_rank() == 0:
             noise = torch.from_numpy(self._keys.normal(self._size))
@@ -209,12 +223,8 @@ class PrivateOptimizer(DPOptimizer):
         if distributed:
             self._sum = self._reduced()
         self._sum.div_(self._grid).round_().mul_(self._grid / self._run.expected_batch_size)
-        start = 0
-        for p in self.params:
-            p.grad = self._sum[start : start + p.numel()].view_as(p).to(p.dtype)
-            start += p.numel()
-        self.original_optimizer.step()
-        self.original_optimizer.zero_grad(set_to_none=True)
+        parts = self._sum.split([p.numel() for p in self.params])
+        self._stepper.step([part.view_as(p).to(p.dtype) for part, p in zip(parts, self.params, strict=True)])
         self._sum.zero_()
         self._whole = True
 
@@ -227,11 +237,12 @@ class PrivateOptimizer(DPOptimizer):
         """
         if self.original_optimizer.state:
             raise PurserError("rehearsal: it comes before the first step, and before a checkpoint is loaded.")
-        before = [p.detach().clone() for p in self.params]
+        written = {id(tensor): tensor for tensor in (*self.params, *held(self._stepper))}.values()
+        before = [tensor.detach().clone() for tensor in written]
         self.step()
         with torch.no_grad():
-            for p, old in zip(self.params, before, strict=True):
-                p.copy_(old)
+            for tensor, old in zip(written, before, strict=True):
+                tensor.copy_(old)
         self.original_optimizer.state.clear()
 
     def _reduced(self) -> torch.Tensor:

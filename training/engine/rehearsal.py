@@ -70,11 +70,12 @@ def rehearse(trainer: PrivateTrainer, inputs: Inputs) -> Rehearsal:
     layer that starts at zero (a LoRA adapter, say) nothing is seen at first.
 
     Raises:
-        PurserError: gradients are not what autograd's are, a tensor gets none, one unit's contribution exceeds
-            max_grad_norm, or changes with its companions, or a non-finite record is let through: training would not be
-            private, or of no use, and does not start.
+        PurserError: not what is handed over is applied, gradients are not what autograd's are, a tensor gets none, one
+            unit's contribution exceeds max_grad_norm, or changes with its companions, or a non-finite record is let
+            through: training would not be private, or of no use, and does not start.
         UsageError: a layer would take the records of a batch for one record.
     """
+    trainer.check_hand_over()
     trains = [p for p in trainer.model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trains]
     seen = [_check_clipping(trainer, inputs)]

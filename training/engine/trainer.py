@@ -25,6 +25,7 @@ from training.engine.objective import in_one_shape, record_losses
 from training.engine.optimizer import PrivateOptimizer, is_distributed, ranks
 from training.engine.run import DPSGDRun
 from training.engine.sampling import MicroBatch, PoissonSampler, Shard, micro_batches, rows_of
+from training.engine.stepper import Maker, TorchStepper, check_hand_over, held
 from training.engine.validation import check_model, guard_rows
 
 # Inputs need no gradients here; Opacus's hooks are right in that case.
@@ -94,6 +95,7 @@ class PrivateTrainer:
             gradients; also for tied weights). Both give the same result.
         precision: "fp32", or "bf16": forward and backward passes under autocast; sums and noise stay as they are.
         activation_checkpointing: recompute activations in the backward pass; for transformers models.
+        stepper: makes what takes the steps: torch's optimizer, or `zero.Zero`, with which bf16 weights are bf16.
 
     Raises:
         UsageError: the model cannot be trained privately in this way, or not all ranks were given the same.
@@ -107,6 +109,7 @@ class PrivateTrainer:
         clipping: str = "bookkeeping",
         precision: str = "fp32",
         activation_checkpointing: bool = False,
+        stepper: Maker = TorchStepper,
     ) -> None:
         check_model(model, tied=clipping == "hooks")
         self.model = model
@@ -118,21 +121,27 @@ class PrivateTrainer:
         self._guards = guard_rows(model)
         hooks = PerRecordHooks if clipping == "hooks" else BookKeepingHooks
         self._hooks = hooks(model, run.max_records_per_unit)
-        inner = make_optimizer(model, optimizer)
-        self._optimizer = PrivateOptimizer(inner, run)
-        self._schedule = LambdaLR(inner, lambda step: rate_at(step, run.steps, optimizer))
         model.train()
         self.rows = rows_of(run, ranks())
-        self._planned = planned(run, optimizer)
         self._sampler: PoissonSampler | None = None
         self._shard: Shard | None = None
         if is_distributed():
             shapes = [(name, p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()]
             buffers = digests(model.named_buffers())
-            how = (clipping, precision, activation_checkpointing, run.physical_batch_size)
-            check_same_on_all_ranks(repr((self._planned, how, shapes, buffers)), self.device)
+            how = (clipping, precision, activation_checkpointing, run.physical_batch_size, repr(stepper))
+            check_same_on_all_ranks(repr((planned(run, optimizer), how, shapes, buffers)), self.device)
             for parameter in model.parameters():
                 dist.broadcast(parameter.data, src=0)
+        self._make_stepper = stepper
+        self._stepper = stepper(model, make_optimizer(model, optimizer))
+        if self._stepper.listens and clipping == "hooks":
+            raise UsageError(
+                "training.clipping: hooks lets autograd sum gradients on parameters, where training.backend: deepspeed "
+                "would take them up before there is noise; write bookkeeping."
+            )
+        self._planned = planned(run, optimizer) | self._stepper.facts
+        self._optimizer = PrivateOptimizer(self._stepper, run)
+        self._schedule = LambdaLR(self._stepper.optimizer, lambda step: rate_at(step, run.steps, optimizer))
         self._fixed = fixed_state(model)
 
     def accumulate(self, batch: MicroBatch) -> None:
@@ -199,6 +208,10 @@ class PrivateTrainer:
         """The un-noised sum so far, handed over and cleared: for the rehearsal on synthetic inputs only."""
         return self._optimizer.contribution()
 
+    def check_hand_over(self) -> None:
+        """See `stepper.check_hand_over`."""
+        check_hand_over(self._make_stepper, self.device)
+
     def rehearse_step(self) -> None:
         """See `PrivateOptimizer.rehearse_step`."""
         self._optimizer.rehearse_step()
@@ -207,17 +220,28 @@ class PrivateTrainer:
         """Parameters that train, and optimizer state, all of it already noised; nothing about keys is in it (P10).
 
         What is frozen is not in it, but for its digests: of a large base with small adapters it is nearly everything.
+        Where the optimizer is sharded, its state is in each rank's `shard_dict`.
         """
         return {
             "model": {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad},
-            "optimizer": self._optimizer.state_dict(),
+            **({} if self._stepper.sharded else {"optimizer": self._optimizer.state_dict()}),
             "schedule": self._schedule.state_dict(),
             "fixed": self._fixed,
             "planned": self._planned,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def shard_dict(self) -> dict[str, Any]:
+        """Where the optimizer is sharded, this rank's part of its state and of the parameters in fp32; else empty."""
+        if not self._stepper.sharded:
+            return {}
+        parts = [tensor.detach() for tensor in held(self._stepper)]
+        return {"optimizer": self._optimizer.state_dict(), "parts": parts}
+
+    def load_state_dict(self, state: dict[str, Any], shard: dict[str, Any] | None = None) -> None:
         """Go on from `state`, under fresh keys.
+
+        Args:
+            shard: this rank's `shard_dict`, where the optimizer is sharded.
 
         Raises:
             UsageError: it is of a run with other numbers, which its optimizer would go on with.
@@ -236,10 +260,13 @@ class PrivateTrainer:
                 "model: its frozen weights, or which of them train, are not those that this run began with; put its "
                 "base model back as it was, or start a new run."
             )
+        part = shard or {}
         with torch.no_grad():
             for name, p in mine.items():
                 p.copy_(state["model"][name])
-        self._optimizer.load_state_dict(state["optimizer"])
+            for tensor, kept in zip(held(self._stepper), part.get("parts", ()), strict=bool(part)):
+                tensor.copy_(kept)
+        self._optimizer.load_state_dict((part if self._stepper.sharded else state)["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
 
     def check_fixed(self) -> None:
@@ -258,6 +285,7 @@ class PrivateTrainer:
     def unhook(self) -> nn.Module:
         """Take Opacus's hooks off and return the plain model, for release; see `check_fixed`."""
         self._hooks.remove_hooks()
+        self._stepper.end()
         for guard in self._guards:
             guard.remove()
         self.check_fixed()

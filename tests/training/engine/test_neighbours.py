@@ -17,6 +17,7 @@ from training.engine.bookkeeping import BookKeepingHooks
 from training.engine.contributions import PerUnit, Products, Units
 from training.engine.run import SIGMA_MARGIN
 from training.engine.sampling import MicroBatch
+from training.engine.stepper import TorchStepper
 from training.engine.trainer import PrivateTrainer
 from training.models import build
 
@@ -173,7 +174,7 @@ def released_beside(monkeypatch, other):
     model = nn.Linear(1, 1, bias=False)
     model.weight.grad_sample = None
     run, seen = plan(noise_multiplier=1.0, expected_batch_size=512, physical_batch_size=512), []
-    private = optimizer.PrivateOptimizer(torch.optim.SGD(model.parameters(), lr=512.0), run)
+    private = optimizer.PrivateOptimizer(TorchStepper(model, torch.optim.SGD(model.parameters(), lr=512.0)), run)
     for _ in range(50):
         nn.init.zeros_(model.weight)
         private.accumulate({model.weight: PerUnit(torch.ones(300, 1))})
