@@ -1,6 +1,6 @@
-"""A language model's whole voyage with real Ray: people's exchanges are prepared, adapters trained by a worker, judged
-on losses that are noised and charged, released as a folder that PEFT loads, and then free to write (P2, P13, P14). What
-one person wrote once, and nobody else, is in nothing that leaves."""
+"""A language model's whole voyage with real Ray and DeepSpeed: people's exchanges are prepared, adapters trained in bf16
+by a worker, judged on losses that are noised and charged, released as a folder that PEFT loads, and then free to write
+(P2, P13, P14). What one person wrote once, and nobody else, is in nothing that leaves."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ privacy: {epsilon: 8.0, delta: 1e-3, unit: user, units: 60, max_records_per_unit
 data: {source: talks.csv, text: {column: reply, prompt: prompt, max_length: 48}}
 model: {kind: causal-lm, path: "tiny:llama", lora: {r: 4, target_modules: [q_proj, v_proj, o_proj]}}
 training:
+  backend: deepspeed
+  deepspeed: ds.json
+  precision: bf16
   workers: 1
   steps: 6
   block: 3
@@ -43,9 +46,11 @@ def test_a_model_of_people_s_talks_is_trained_released_and_writes(purser):
                 rows.writerow([f"u{user:03d}", f"Where is my order {one}?", f"Order {one} is on its way."])
         rows.writerow(["u007", f"My code is {SECRET}.", f"Thank you, {SECRET} it is."])
     (purser.folder / "talks.yaml").write_text(JOB)
+    (purser.folder / "ds.json").write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 2e8}}')
 
     done = purser("train", "talks.yaml", "--json")
     assert done.code == 0, done.err
+    assert '"reduce_bucket_size": 200000000' in done.err, "what DeepSpeed is given is told"
     result = done.json
     assert (result["status"], result["authorised_steps"]) == ("completed", 6)
     assert set(result["metrics"]) == {"clipped_loss", "clipped_loss_error"}
@@ -56,6 +61,8 @@ def test_a_model_of_people_s_talks_is_trained_released_and_writes(purser):
     said = json.loads((release / "statement.json").read_text())
     assert said["evaluation"]["figure"] == "noised clipped loss"
     assert said["training"]["model"]["path"] == "tiny:llama"
+    assert (said["training"]["backend"], said["training"]["zero_stage"]) == ("deepspeed", 2)
+    assert "deepspeed" in said["accounting"]["libraries"]
     for part in said["partitions"]:
         shown = purser("budget", "show", part["account"], "--json").json
         assert (part["head"], part["spent_cost"]) == (shown["head"], shown["spent_cost"])

@@ -26,7 +26,9 @@ WATCHED = Path(__file__).parent / "watched"
 STEPS, BLOCK, LOST_AT = 30, 3, 18
 SWEEP = [
     *("training.workers=2", f"training.steps={STEPS}", f"training.block={BLOCK}", "tuning.search=grid"),
-    "tuning.space={training.noise_multiplier: {choice: [10.0, 12.0]}}",
+    # The run that loses a node goes on from the shards that both of its workers left.
+    "tuning.space={training.backend: {choice: [deepspeed, torch]}}",
+    *("training.noise_multiplier=11", "training.optimizer.momentum=0.5"),
 ]
 RUN = ["--as", "train", "training.workers=1", "training.noise_multiplier=90"]
 LONG = [

@@ -123,15 +123,16 @@ def _merge(made: dict[str, Any], user: Mapping[str, Any], at: str) -> None:
     """Add what the user says to `made`, whose own values stand."""
     for name, value in user.items():
         key = f"{at}.{name}" if at else str(name)
-        if value == AUTO or (name in made and made[name] == value):
+        ours = made.get(name)
+        if value == AUTO or (name in made and value == ours and isinstance(value, bool) == isinstance(ours, bool)):
             continue
-        if isinstance(value, Mapping) and isinstance(made.get(name), dict):
-            _merge(made[name], value, key)
+        if isinstance(value, Mapping) and isinstance(ours, dict):
+            _merge(ours, value, key)
         elif isinstance(value, Mapping) and value.get("enabled") is False:
             continue  # a section that is turned off
         elif key in SWITCHES and isinstance(value, bool):
             made[name] = value
-        elif key in SIZES and isinstance(value, (int, float)) and 2 <= value < 1e12 and value % 2 == 0:
+        elif key in SIZES and type(value) in (int, float) and 2 <= value < 1e12 and value % 2 == 0:
             made[name] = int(value)
         elif key in SIZES + SWITCHES:
             wanted = "true or false" if key in SWITCHES else "an even whole number"

@@ -76,7 +76,7 @@ def part_of(shard: Shard, units: np.ndarray) -> Shard:
     sizes = shard.offsets[units + 1] - shard.offsets[units]
     rows = np.concatenate([np.arange(shard.offsets[u], shard.offsets[u + 1]) for u in units] or [np.arange(0)])
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    return Shard(shard.features[rows], shard.labels[rows], offsets)
+    return Shard(shard.features[rows], shard.labels[rows], offsets, None if shard.mask is None else shard.mask[rows])
 
 
 def unit_of(shard: Shard, u: int) -> MicroBatch:
@@ -149,7 +149,7 @@ def trained(model: nn.Module, shard: Shard, run: DPSGDRun, *how: Any, **optimize
 
 
 SERVER = forkserver.ForkServer()  # the session's own has not imported torch, which takes longer than what ranks do
-RANKS = ("dpsgd_reference", "test_language", "test_steps", "test_trainer")
+RANKS = ("dpsgd_reference", "test_language", "test_steps", "test_trainer", "test_zero")
 
 
 @contextmanager
@@ -167,8 +167,13 @@ def fresh_processes():
 
 def on_two_ranks(act: Any, folder: Path) -> None:
     """Run `act(rank, folder)` in two fresh processes; both must end well."""
+    on_ranks(2, act, folder)
+
+
+def on_ranks(count: int, act: Any, *arguments: Any) -> None:
+    """Run `act(rank, *arguments)` in `count` fresh processes; all must end well."""
     with fresh_processes() as context:
-        ranks = [context.Process(target=act, args=(rank, str(folder))) for rank in range(2)]
+        ranks = [context.Process(target=act, args=(rank, *map(str, arguments))) for rank in range(count)]
         for process in ranks:
             process.start()
         for process in ranks:
