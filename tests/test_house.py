@@ -47,7 +47,8 @@ def test_every_dependency_has_an_exact_version():
         ("training.config", "ray torch numpy"),
         ("training.scaffold", "ray torch numpy pyarrow"),
         ("tuning.plan", "ray torch"),
-        ("training.engine.rehearsal", "ray"),
+        ("training.engine.rehearsal", "ray deepspeed"),
+        ("training.models", "ray deepspeed"),
     ],
 )
 def test_a_room_imports_nothing_heavy(module, absent):

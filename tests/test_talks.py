@@ -1,6 +1,6 @@
-"""A language model's whole voyage with real Ray and DeepSpeed: people's exchanges are prepared, adapters trained in bf16
-by a worker, judged on losses that are noised and charged, released as a folder that PEFT loads, and then free to write
-(P2, P13, P14). What one person wrote once, and nobody else, is in nothing that leaves."""
+"""A language model's whole voyage with real Ray and DeepSpeed: people's exchanges are prepared, adapters trained in
+bf16 by a worker, judged on losses that are noised and charged, released as a folder that PEFT loads, and then free to
+write (P2, P13, P14). What one person wrote once, and nobody else, is in nothing that leaves."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from training.engine.stepper import Stepper, held
 # The released sum lies on multiples of a public power of two, about σC·2^-18: the low bits of floating-point noise,
 # by which sums can be told apart (Mironov 2012), are not released.
 GRID_BITS = 18
+NOISE_AT_ONCE = 1 << 24  # numbers, 128 MiB: all at once they would take the memory of the sum again
 
 
 def is_distributed() -> bool:
@@ -218,10 +219,11 @@ class PrivateOptimizer(DPOptimizer):
             )
         distributed = is_distributed()
         if not distributed or dist.get_rank() == 0:
-            noise = torch.from_numpy(self._keys.normal(self._size))
-            self._sum.add_(noise.to(self._sum.device), alpha=self._run.noise_std)
+            for some in self._sum.split(NOISE_AT_ONCE):
+                noise = torch.from_numpy(self._keys.normal(len(some)))
+                some.add_(noise.to(some.device), alpha=self._run.noise_std)
         if distributed:
-            self._sum = self._reduced()
+            self._reduce()
         self._sum.div_(self._grid).round_().mul_(self._grid / self._run.expected_batch_size)
         parts = self._sum.split([p.numel() for p in self.params])
         self._stepper.step([part.view_as(p).to(p.dtype) for part, p in zip(parts, self.params, strict=True)])
@@ -245,8 +247,8 @@ class PrivateOptimizer(DPOptimizer):
                 tensor.copy_(old)
         self.original_optimizer.state.clear()
 
-    def _reduced(self) -> torch.Tensor:
-        """The sum over all ranks, by the step's one collective."""
+    def _reduce(self) -> None:
+        """Make the sum that over all ranks, by the step's one collective."""
         shared = self._sum.to(self._carrier)
         failed = False
         try:
@@ -258,4 +260,4 @@ class PrivateOptimizer(DPOptimizer):
                 "training: another worker ended, or was silent for too long, in the middle of a step; what was "
                 "authorised is spent. Its own log tells why; purser train --resume goes on from the last block."
             )
-        return shared.double()
+        self._sum.copy_(shared)

@@ -193,6 +193,19 @@ def test_a_step_without_units_releases_noise_of_the_right_size():
     assert stats.kstest(step / expected, "norm").pvalue > RARE
 
 
+def test_noise_reaches_every_number_however_many_are_drawn_at_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr("training.engine.optimizer.NOISE_AT_ONCE", 7)
+    monkeypatch.setattr(Keystream, "normal", lambda self, count: asked.append(count) or np.ones(count))
+    run = plan(steps=1, block=1)
+    trainer = PrivateTrainer(nn.Sequential(nn.Linear(8, 4)), Optimizer(learning_rate=1.0), run)
+    before = flat(trainer.model)
+    trainer.steps(part_of(shard_of(), np.arange(0)), 1)
+    assert asked == [7, 7, 7, 7, 7, 1]
+    moved = before - flat(trainer.model)
+    assert moved.numpy() == pytest.approx(np.full(36, run.noise_std / run.expected_batch_size), rel=1e-4)
+
+
 def test_noise_is_independent_between_parameters_steps_and_trainers():
     """Also where every generator that people seed was seeded alike (H2, H3)."""
     run = plan(noise_multiplier=3.0)
