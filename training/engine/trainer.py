@@ -245,7 +245,7 @@ class PrivateTrainer:
 
         Raises:
             UsageError: it is of a run with other numbers, which its optimizer would go on with.
-            PurserError: it is of a model with other frozen tensors or buffers.
+            PurserError: it is of a model with other frozen tensors or buffers, or lacks this rank's shard.
         """
         began = state.get("planned", {})
         for field, value in self._planned.items():
@@ -260,13 +260,14 @@ class PrivateTrainer:
                 "model: its frozen weights, or which of them train, are not those that this run began with; put its "
                 "base model back as it was, or start a new run."
             )
-        part = shard or {}
+        if self._stepper.sharded and not shard:
+            raise PurserError("checkpoint: this worker's part of the optimizer is not in it; start a new run.")
         with torch.no_grad():
             for name, p in mine.items():
                 p.copy_(state["model"][name])
-            for tensor, kept in zip(held(self._stepper), part.get("parts", ()), strict=bool(part)):
+            for tensor, kept in zip(held(self._stepper), shard["parts"], strict=True) if shard else ():
                 tensor.copy_(kept)
-        self._optimizer.load_state_dict((part if self._stepper.sharded else state)["optimizer"])
+        self._optimizer.load_state_dict((shard or state)["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
 
     def check_fixed(self) -> None:

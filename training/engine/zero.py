@@ -139,9 +139,8 @@ def _engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[
     if not is_distributed():
         raise PurserError("training.backend: deepspeed needs torch.distributed; initialise it first.")
     device = next(p for p in model.parameters() if p.requires_grad).device
-    os.environ.setdefault(
-        "DS_ACCELERATOR", device.type
-    )  # else a machine with a GPU trains there, whatever the job says
+    # Else a machine that has a GPU would train there, whatever the job says.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it writes to stdout, which is the result's
     with contextlib.redirect_stdout(None):
         import deepspeed

@@ -65,6 +65,7 @@ REASONS = {
     "csv_monitor": _TELLS,
     "comet": _TELLS,
     "dump_state": _TELLS,
+    "steps_per_print": "the time of a step tells how many records were in it",
     "wall_clock_breakdown": "the time of a step tells how many records were in it",
     "memory_breakdown": "the memory of a step tells how many records were in it",
     "flops_profiler": "the time of a step tells how many records were in it",
@@ -113,6 +114,7 @@ def configuration(stage: int, precision: str, rows: int, user: Mapping[str, Any]
             "overlap_comm": False,
             **({"compute_grad_norm": False} if stage else {}),  # nobody clips by it
         },
+        "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
     _merge(made, user or {}, "")

@@ -34,10 +34,15 @@ CHOICES = {
     "adam": Optimizer(name="adam", learning_rate=0.05, weight_decay=0.1),
 }
 CPU = torch.device("cpu")
+USERS = (  # of what a user may add: pieces smaller than a parameter, and each other way for them to travel
+    {"reduce_bucket_size": 16, "allgather_bucket_size": 16},
+    {"reduce_scatter": False, "contiguous_gradients": False},
+    {"round_robin_gradients": True, "allgather_partitions": False},
+)
 
 
-def zero(stage: int, precision: str = "fp32") -> Zero:
-    return Zero(configuration(stage, precision, 4))
+def zero(stage: int, precision: str = "fp32", **how: Any) -> Zero:
+    return Zero(configuration(stage, precision, 4, {"zero_optimization": how}))
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -87,6 +92,7 @@ def test_a_run_goes_on_from_its_shards_as_if_it_had_never_stopped(seen):
             assert torch.equal(through, resumed), how
         assert "training.zero_stage: 1 was given, the checkpoint is of a run with 2" in rank["other stage"]
         assert "training.backend: torch was given" in rank["other backend"]
+        assert "part of the optimizer is not in it" in rank["no shard"]
 
 
 def test_each_rank_holds_its_part_of_the_optimizer_s_state(seen):
@@ -147,6 +153,9 @@ def rank_main(rank: int, world: str, folder: str) -> None:
         for choice in CHOICES:
             for stage in (None, *STAGES):
                 seen["same"][kind, choice, stage] = _trained(rank, owner, kind, choice, stage, "fp32")
+    for number, how in enumerate(USERS):
+        for stage in (1, 2):
+            seen["same"]["mlp", "sgd", (stage, number)] = _trained(rank, owner, "mlp", "sgd", stage, "fp32", **how)
     for name, (make, causal, clip) in MODELS.items() if world == "2" else ():
         seen["began"][name] = flat(make())
         for stage in (None, *STAGES):
@@ -157,13 +166,15 @@ def rank_main(rank: int, world: str, folder: str) -> None:
     torch.save(seen, Path(folder) / f"{rank}.pt")
 
 
-def _trained(rank: int, owner: np.ndarray, kind: str, choice: str, stage: int | None, precision: str) -> torch.Tensor:
+def _trained(
+    rank: int, owner: np.ndarray, kind: str, choice: str, stage: int | None, precision: str, **config: Any
+) -> torch.Tensor:
     """Another seed on every rank: all must start from rank 0's parameters. A rehearsal may leave nothing behind."""
     shard = shard_of()
     mine = part_of(shard, np.flatnonzero(owner[: shard.units] == rank))
     with noise_off():
         run = plan(max_grad_norm=CLIP[kind], physical_batch_size=4)
-        how = {} if stage is None else {"stepper": zero(stage, precision)}
+        how = {} if stage is None else {"stepper": zero(stage, precision, **config)}
         trainer = PrivateTrainer(model_of(kind, seed=rank), CHOICES[choice], run, "bookkeeping", precision, **how)
         rehearse(trainer, Inputs((16,), 3))
         trainer.steps(mine, run.steps)
@@ -226,7 +237,10 @@ def _resumed(rank: int, owner: np.ndarray) -> dict[str, Any]:
         trainer(1, "bf16", 0).load_state_dict(*kept)
     with pytest.raises(UsageError) as by_torch:
         PrivateTrainer(model_of("mlp"), choice, run).load_state_dict(kept[0])
-    return {"resumed": found, "other stage": str(stage_1.value), "other backend": str(by_torch.value)}
+    with pytest.raises(PurserError) as no_shard:
+        trainer(2, "bf16", 0).load_state_dict(kept[0])
+    refused = {"other stage": stage_1, "other backend": by_torch, "no shard": no_shard}
+    return {"resumed": found, **{name: str(error.value) for name, error in refused.items()}}
 
 
 def _bytes() -> dict[str, Any]:
