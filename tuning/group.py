@@ -34,7 +34,8 @@ def _select(config: dict[str, Any]) -> None:
     rank = Rank.arrived(config)
     job = parse(SweepJob, config["sweep"])
     for run in _to_rehearse(job, config["order"]):
-        rehearsed(run.model_copy(update={"data": rank.job.data}))
+        tried, _ = rehearsed(run.model_copy(update={"data": rank.job.data}))
+        tried.unhook()
     prepared = rank.records(config["prepared"])
     train, judges = rank.train_shard(prepared), rank.judged(prepared)
     charges = job.selection(config["order"])
@@ -89,7 +90,8 @@ def _run(
         if not covers(whole.mechanism, Composition(((one.mechanism, one.steps),))):
             raise PurserError("select: a candidate costs more than the selection was priced for.")
     trainer.steps(train, trainer.run.steps)
+    model = trainer.unhook()  # on every rank: with DeepSpeed's hooks on it, no candidate's model would ever be freed
     if judges is not None:
-        metrics = judged(trainer.model, judges, run)
-        write_model(trainer.unhook(), candidate.folder, run)
+        metrics = judged(model, judges, run)
+        write_model(model, candidate.folder, run)
         sealed.keep(candidate, metrics)

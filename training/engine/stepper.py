@@ -36,7 +36,7 @@ class Stepper(Protocol):
         """Take one step by `gradients`, of each parameter its own, in its shape and dtype; they may be written over."""
 
     def end(self) -> None:
-        """Take off whatever was put on the model."""
+        """Take off whatever was put on the model, without which the model may never be freed."""
 
 
 Maker = Callable[[nn.Module, torch.optim.Optimizer], Stepper]

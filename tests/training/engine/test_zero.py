@@ -7,6 +7,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,12 @@ def test_each_rank_holds_its_part_of_the_optimizer_s_state(seen):
         assert rank["bytes"][1] == rank["bytes"][2] == pytest.approx(whole / len(seen), rel=0.05)
 
 
+def test_a_model_whose_training_is_over_is_freed(seen):
+    """A selection's worker trains one candidate after the other."""
+    for rank in seen:
+        assert rank["kept"] == []
+
+
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
@@ -161,7 +169,7 @@ def rank_main(rank: int, world: str, folder: str) -> None:
         for stage in (None, *STAGES):
             seen["same"][name, "adam", stage] = _of_text(rank, owner, make(), causal, clip, stage)
     seen["bf16"] = {(c, stage): _trained(rank, owner, "mlp", c, stage, "bf16") for c in CHOICES for stage in STAGES}
-    seen |= _noise() | _resumed(rank, owner) | _bytes()
+    seen |= _noise() | _resumed(rank, owner) | _bytes() | _kept()
     dist.destroy_process_group()
     torch.save(seen, Path(folder) / f"{rank}.pt")
 
@@ -254,6 +262,18 @@ def _bytes() -> dict[str, Any]:
         found[stage] = sum(t.nbytes for one in state for t in one.values() if t.numel() > 1)
         assert len(held(trainer._stepper)) == (1 if stage in (1, 2) else 2)
     return {"bytes": found}
+
+
+def _kept() -> dict[str, Any]:
+    """The stages whose models are still there after their trainers were unhooked and dropped."""
+    models = {}
+    for stage in STAGES:
+        trainer = PrivateTrainer(model_of("linear"), CHOICES["adam"], plan(), stepper=zero(stage))
+        rehearse(trainer, Inputs((16,), 3))
+        models[stage] = weakref.ref(trainer.unhook())
+        del trainer
+    gc.collect()
+    return {"kept": [stage for stage, model in models.items() if model() is not None]}
 
 
 class Skips(ZeroStepper):
