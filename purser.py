@@ -195,6 +195,7 @@ def tune(
     screen = Screen(as_json)
     whole = _chosen(job, overrides, resume, "SWEEP", name)
     if resume is None:
+        whole.check_swept()
         whole.corners()  # a space that holds an impossible run is found before anything heavy is imported
     if whole.tuning.mode == "select":
         from tuning.select import select as sweep
@@ -202,6 +203,30 @@ def tune(
         from tuning.command import tune as sweep
 
     _finish(screen, sweep(whole, screen, resume, name))
+
+
+@app.command()
+def audit(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run of a job with audit.canaries.")],
+    shadows: Annotated[
+        int, typer.Option(metavar="N", help="Shadow models for the likelihood-ratio attack, such as 16; 0 is none.")
+    ] = 0,
+    as_json: Json = False,
+) -> None:
+    """What can be shown of a run's ε by its canaries: a lower bound, and whether it contradicts the claim."""
+    screen = Screen(as_json)
+    from training.folder import resumed
+    from tuning.config import SweepJob
+
+    job = resumed(SweepJob, run).plain
+    from training.audit.command import audit as assess
+    from training.audit.display import audit_table
+
+    result = assess(run, job, screen, shadows)
+    for line in audit_table(result):
+        screen.say(line)
+    screen.say(f"Next: purser report {run}")
+    screen.result(result)
 
 
 @app.command()

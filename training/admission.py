@@ -50,18 +50,20 @@ def source_of(books: Books, job: Job) -> str:
     found, key = sources.private(job), books.source_key()
     image_of(job.model, declared(job.data))
     source = fingerprint_of(found, key)
-    if job.evaluation.on == "validation":
-        return source
-    beside = sources.public(job)
-    digests = identity.digests(beside)
-    beside.check_records(len(digests))
-    public = identity.fingerprint(digests, identity.in_order(digests)[0], key)
-    # No more than this can be checked: an answer about single records would tell who is in the data.
-    if public == source or books.registered(public):
-        raise UsageError(
-            "evaluation.source: it is the source of a dataset in this ledger, so it is not public; name a file of "
-            "other people's records, or write evaluation.on: validation."
-        )
+    otherwise = {"evaluation": "write evaluation.on: validation", "audit": "leave it out"}
+    for section, what in otherwise.items():
+        if getattr(job, section).source is None:
+            continue
+        beside = sources.public(job, section)
+        digests = identity.digests(beside)
+        beside.check_records(len(digests))
+        public = identity.fingerprint(digests, identity.in_order(digests)[0], key)
+        # No more than this can be checked: an answer about single records would tell who is in the data.
+        if public == source or books.registered(public):
+            raise UsageError(
+                f"{section}.source: it is the source of a dataset in this ledger, so it is not public; name a file of "
+                f"other people's records, or {what}."
+            )
     return source
 
 

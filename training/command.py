@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 from typing import Any
 
 from cluster import environment
@@ -76,6 +77,8 @@ def run(
         refusal = refused(leases, job, name, accounts)
         if refusal:
             return {**result, "why": refusal}
+    if job.audit.canaries:
+        seal(job, folder, begun, screen)
     log = folder / "log.txt"
     screen.say(f"Run {name}: {planned} steps on {job.training.workers} workers. Ray's own output: {log}")
     with screen.quiet(log):
@@ -93,9 +96,23 @@ def run(
     if outcome.status in (COMPLETED, STOPPED) and release.left(folder).exists():
         said = release.statement(job, name, cost.accounts, cost.entries, outcome.metrics, "none in this run.")
         result["release"] = str(release.write_release(folder, release.left(folder), said))
-    _conclude(screen, outcome, result)
+    _conclude(screen, outcome, result, bool(job.audit.canaries))
     alive.release()
     return result
+
+
+def seal(job: Job, folder: Path, begun: bool, screen: Screen) -> None:
+    """Draw the canaries of a run that has not `begun`, and say what may be said of them."""
+    from training.audit.canaries import Canaries, digest, draw
+    from training.audit.plan import plan
+
+    if not begun and not digest(folder):
+        draw(job, plan(job, job.training.steps).guesses).seal(folder)
+    facts = Canaries.unsealed(folder).facts
+    screen.say(
+        f"Canaries: {facts['canaries']} {facts['kind']} ({facts['distinct']} of them differ), each in by a fair coin; "
+        f"{facts['guesses']} guesses will be made. Sealed, SHA-256 {digest(folder)}"
+    )
 
 
 def greet(screen: Screen, url: str, accounts: Sequence[Account], made: bool, job: Job) -> None:
@@ -142,7 +159,7 @@ def progress(screen: Screen, books: Books, account: str, lease: str, planned: in
     return repeated(tell, 0.5, at_once=False)
 
 
-def _conclude(screen: Screen, outcome: Outcome, result: Mapping[str, Any]) -> None:
+def _conclude(screen: Screen, outcome: Outcome, result: Mapping[str, Any], audited: bool) -> None:
     for rung in result["rungs"]:
         screen.say(f"after {rung['steps']} steps: {in_words(rung)}")
     metrics = outcome.metrics
@@ -157,6 +174,8 @@ def _conclude(screen: Screen, outcome: Outcome, result: Mapping[str, Any]) -> No
         screen.say(f"Released: {result['release']}")
     if outcome.status in (FAILED, STOPPED):
         screen.say(f"Next: {environment.going_on('train', result['run'])}")
+    elif audited:
+        screen.say(f"Next: purser audit {result['run']}")
     else:
         screen.say(f"Next: purser budget show {result['account']}")
 

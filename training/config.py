@@ -298,9 +298,37 @@ class Release(Section):
 
 
 class Audit(Section):
-    """Empirical audits; none in this version."""
+    """Canaries: `canaries` made-up records, each a unit of its own and in the train partition by a fair coin, by which
+    `purser audit RUN` later sees how much of the claimed ε shows. The model that leaves has learnt from them, too.
 
-    canaries: Literal[0] = 0
+    `kind`: mislabelled (values at the ends of their declared ranges, any of the categories, random tokens, and a label
+    drawn for them), blank (nothing but one such value) or, for a causal model, rare-token (random tokens, of which the
+    last is to be said). With `source` they are records of a file that is nobody's secret: public as they are,
+    mislabelled with another label. `guesses` is how many guesses are made; by default it is chosen from public numbers
+    before the run begins.
+    """
+
+    canaries: Annotated[int, Field(ge=0, le=100_000)] = 0
+    kind: Literal["mislabelled", "blank", "rare-token", "public"] | None = None
+    source: str | None = None
+    guesses: Annotated[int, Field(ge=2, le=100_000)] | None = None
+    confidence: Annotated[float, Field(ge=0.5, le=1 - 1e-7)] = 0.95
+
+    @model_validator(mode="after")
+    def _checks(self) -> Audit:
+        if 0 < self.canaries < 10:
+            raise ValueError(f"canaries: {self.canaries} was given; write 0, or 10 or more: fewer show nothing")
+        if not self.canaries and (self.kind, self.source, self.guesses) != (None, None, None):
+            raise ValueError("canaries: it is 0, and the rest is for audits only; write how many, such as 500")
+        if self.guesses is not None and self.guesses > self.canaries:
+            raise ValueError(f"guesses: {self.guesses} was given; there is one for each of {self.canaries} at most")
+        if self.kind in ("blank", "rare-token") and self.source is not None:
+            raise ValueError(f"source: it is for kind: public and mislabelled; leave it out with {self.kind}")
+        if self.kind == "public" and self.source is None:
+            raise ValueError(
+                "source: it is missing; with kind: public, name a file of records that are nobody's secret"
+            )
+        return self
 
 
 class Job(Section):
@@ -338,6 +366,10 @@ class Job(Section):
                     "data.text.packing: unit was given, and privacy.max_records_per_unit is 1; only records of one "
                     "unit share a row, leave packing out"
                 )
+        causal, kind = model.kind == "causal-lm", self.audit.kind
+        if kind in (("mislabelled", "blank") if causal else ("rare-token",)):
+            allowed = "rare-token or public" if causal else "mislabelled, blank or public"
+            raise ValueError(f"audit.kind: {kind} was given; for model.kind: {model.kind} write {allowed}")
         if self.release.target == "adapter" and model.lora is None:
             raise ValueError("release.target: adapter needs model.lora; leave target out, or write weights")
         return self
@@ -364,13 +396,25 @@ class Job(Section):
             sources=tuple(sources),
         )
 
+    @property
+    def canaries(self) -> str:
+        """What kind of canaries it has; empty where it has none."""
+        if not self.audit.canaries:
+            return ""
+        if self.audit.kind is not None:
+            return self.audit.kind
+        if self.model.kind != "causal-lm":
+            return "mislabelled"
+        return "rare-token" if self.audit.source is None else "public"
+
     def run(self) -> DPSGDRun:
-        """The object that holds σ, C, q and T. q = expected_batch_size over the declared units in train.
+        """The object that holds σ, C, q and T. q = expected_batch_size over the declared units in train, and as many
+        canaries as are expected there.
 
         Raises:
             UsageError: the batch is larger than the train partition is declared to be.
         """
-        train_units = self.privacy.units * (1 - self.data.validation_fraction)
+        train_units = self.privacy.units * (1 - self.data.validation_fraction) + self.audit.canaries / 2
         if self.training.expected_batch_size > train_units:
             raise UsageError(
                 f"training.expected_batch_size: {self.training.expected_batch_size} was given; the train partition is "

@@ -18,6 +18,7 @@ from cluster.environment import code_hash
 from cluster.errors import PurserError, without_content
 from cluster.files import write_whole
 from cluster.session import cpus_per_worker
+from training.audit.canaries import digest
 from training.config import Job
 from training.metrics import RELEASED
 from training.release import left, rung_folder
@@ -132,6 +133,7 @@ def _fit(
         "folder": str(folder),
         "mark": mark,
         "prepared": str(prepared),
+        "sealed": digest(folder),
         "code": code_hash(),
     }
     try:

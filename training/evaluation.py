@@ -7,6 +7,7 @@ been authorised first.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,7 +145,25 @@ def _figures(evaluation: Evaluation, goodness: float, error: float) -> dict[str,
 @torch.no_grad()
 def _per_record(model: nn.Module, shard: Shard, evaluation: Evaluation, rows: int) -> torch.Tensor:
     """How good `model` is on each record, float64 in [0, 1]: 1 where its label is right, or the share of the bound that
-    its loss leaves. Batches have one shape, so that no record changes how another's is computed."""
+    its loss leaves."""
+
+    def good(batch: MicroBatch) -> torch.Tensor:
+        count = len(batch.unit)
+        if evaluation.metric == "accuracy":
+            return logits_of(model, batch)[:count].argmax(1) == batch.labels[:count]
+        lost = record_losses(model, batch).double() / evaluation.loss_bound
+        return 1 - lost.nan_to_num(nan=1.0).clamp(0, 1)
+
+    return asked(model, shard, rows, good)
+
+
+@torch.no_grad()
+def asked(model: nn.Module, shard: Shard, rows: int, question: Callable[[MicroBatch], torch.Tensor]) -> torch.Tensor:
+    """What `question` says of each record of `shard`, float64 [records], while `model` is not training.
+
+    Batches have one shape, so that no record changes how another's is computed. Of private records the answers are
+    secret (P13).
+    """
     training, device = model.training, next(model.parameters()).device
     bf16 = next(model.parameters()).dtype == torch.bfloat16  # DeepSpeed's: they take numbers in fp32 by autocast only
     found = [torch.zeros(0, dtype=torch.float64)]
@@ -152,16 +171,12 @@ def _per_record(model: nn.Module, shard: Shard, evaluation: Evaluation, rows: in
     for start in range(0, len(shard.labels), rows):
         some = slice(start, start + rows)
         labels, mask = shard.labels[some], None if shard.mask is None else shard.mask[some]
+        positions = None if shard.positions is None else shard.positions[some]
         one_each = torch.arange(len(labels))
-        batch = MicroBatch(shard.features[some], labels, one_each, len(labels), mask)
+        batch = MicroBatch(shard.features[some], labels, one_each, len(labels), mask, positions)
         batch = in_one_shape(model, batch, rows).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            if evaluation.metric == "accuracy":
-                good = logits_of(model, batch)[: len(labels)].argmax(1).cpu() == labels
-            else:
-                lost = record_losses(model, batch).double().cpu() / evaluation.loss_bound
-                good = 1 - lost.nan_to_num(nan=1.0).clamp(0, 1)
-        found.append(good.double())
+            found.append(question(batch).double().cpu())
     model.train(training)  # at a rung the run goes on, and hooks see only a model that trains
     return torch.cat(found)
 

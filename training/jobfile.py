@@ -67,7 +67,7 @@ def load(kind: type[J], path: Path, assignments: Sequence[str] = (), *, elsewher
         return job
     sections: dict[str, Any] = {
         name: section.model_copy(update={"source": _absolute(section.source, path.parent, f"{name}.source")})
-        for name, section in (("data", job.data), ("evaluation", job.evaluation))
+        for name, section in (("data", job.data), ("evaluation", job.evaluation), ("audit", job.audit))
         if section.source is not None
     }
     if (model := job.model.path) is not None and _names_a_folder(model, path.parent):
@@ -93,7 +93,11 @@ def _with_deepspeed(raw: dict[str, Any], beside: Path) -> dict[str, Any]:
 
 def _check_elsewhere(job: Job, beside: Path) -> None:
     """Refuse what names a place beside the job file."""
-    named = {"data.source": job.data.source, "evaluation.source": job.evaluation.source}
+    named = {
+        "data.source": job.data.source,
+        "evaluation.source": job.evaluation.source,
+        "audit.source": job.audit.source,
+    }
     if (model := job.model.path) is not None and _names_a_folder(model, beside):
         named["model.path"] = model
     for field, place in named.items():

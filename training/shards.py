@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cluster.errors import UsageError
+from cluster.errors import PurserError, UsageError
 from training import sources
 from training.config import Job
 from training.encoding import Encoding
@@ -211,17 +211,60 @@ def _predicted(ids: torch.Tensor, length: torch.Tensor, prompt: torch.Tensor) ->
     return ids.long().masked_fill(~wanted, IGNORED)
 
 
-def public_shard(job: Job) -> Shard:
-    """Every record of the file that the job declares public, in memory, each a unit of its own.
+def public_arrays(job: Job, section: str = "evaluation") -> dict[str, np.ndarray]:
+    """Every record of the file that the job declares public in `section`, as `Encoding.arrays` has them.
 
     Raises:
         UsageError: it cannot be read, or holds no record.
     """
-    source, encoding = sources.public(job), Encoding.of(job)
+    source, encoding = sources.public(job, section), Encoding.of(job)
     made = [
         encoding.arrays(batch) for number in range(len(source.files)) for batch in source.batches(number) if len(batch)
     ]
-    count = sum(len(next(iter(arrays.values()))) for arrays in made)
-    source.check_records(count)
-    columns = {name: torch.from_numpy(np.concatenate([arrays[name] for arrays in made])) for name in made[0]}
-    return shard_of(columns, np.arange(count + 1), encoding.causal)
+    source.check_records(len(made))
+    return {name: np.concatenate([arrays[name] for arrays in made]) for name in made[0]}
+
+
+def public_shard(job: Job) -> Shard:
+    """The records on which the job is judged where it says that they are public, each a unit of its own."""
+    return shard_in_memory(public_arrays(job), job.model.kind == "causal-lm")
+
+
+def shard_in_memory(arrays: Mapping[str, np.ndarray], causal: bool, packed: bool = False) -> Shard:
+    """Encoded records, each a unit of its own, and where the others of its job are packed, alone in its row."""
+    columns = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    each = np.arange(len(next(iter(columns.values()))) + 1)
+    return packed_shard(columns, each, each) if packed else shard_of(columns, each, causal)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The rows of `first`, and after them those of `second`."""
+
+    first: Rows
+    second: Rows
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, which: torch.Tensor | slice) -> torch.Tensor:
+        chosen = torch.arange(len(self))[which] if isinstance(which, slice) else which
+        later = chosen >= len(self.first)
+        one, other = self.first[chosen[~later]], self.second[chosen[later] - len(self.first)]
+        found = one.new_empty(len(chosen), *one.shape[1:])
+        found[~later], found[later] = one, other
+        return found
+
+
+def beside(first: Shard, second: Shard) -> Shard:
+    """The units of both."""
+
+    def both(name: str) -> Rows | None:
+        one, other = getattr(first, name), getattr(second, name)
+        if (one is None) != (other is None):
+            raise PurserError(f"data: of two kinds of records one has {name}; nothing was charged.")
+        return None if one is None else Beside(one, other)
+
+    features, labels = Beside(first.features, second.features), Beside(first.labels, second.labels)
+    offsets = np.concatenate([first.offsets, first.offsets[-1] + second.offsets[1:]])
+    return Shard(features, labels, offsets, both("mask"), both("groups"), both("positions"))

@@ -121,15 +121,18 @@ def private(job: Job) -> Source:
     return source
 
 
-def public(job: Job) -> Source:
-    """The file that the job declares public and is judged on, after checking its columns.
+def public(job: Job, section: str = "evaluation") -> Source:
+    """The file that the job declares public in `section`: it is judged on it, or has its canaries from there
+    (`audit`). After checking its columns.
 
     Raises:
         UsageError: it cannot be read, or lacks a column that the job names.
     """
-    assert job.evaluation.source is not None
-    source = find(job.evaluation.source, "evaluation.source")
-    source.check_columns(columns_read(job) | _groups(job))
+    judged = section == "evaluation"
+    place = job.evaluation.source if judged else job.audit.source
+    assert place is not None
+    source = find(place, f"{section}.source")
+    source.check_columns(columns_read(job) | (_groups(job) if judged else {}))
     return source
 
 

@@ -82,7 +82,7 @@ def encode(
         after = _ids(tokenizer, rows, special=False)
         cut = [[*first, *then, end][:most] for first, then in zip(before, after, strict=True)]
         begins = [min(len(first), most) if prompts is not None else 0 for first in before]
-    ids = np.full((len(rows), most), end if tokenizer.pad_token_id is None else tokenizer.pad_token_id, np.int32)
+    ids = np.full((len(rows), most), padding_of(tokenizer), np.int32)
     for row, some in zip(ids, cut, strict=True):
         row[: max(1, len(some))] = some or [end]
     length = np.array([max(1, len(some)) for some in cut], np.int32)
@@ -98,6 +98,20 @@ def _before(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[
     """With what begins a text, and without what ends it."""
     end = end_of(tokenizer)
     return [ids[:-1] if ids[-1:] == [end] else ids for ids in _ids(tokenizer, prompts)]
+
+
+def around(tokenizer: PreTrainedTokenizerFast, causal: bool) -> tuple[list[int], list[int]]:
+    """The tokens that stand before and after those of a text; after one that a causal model learns to go on from, none
+    do."""
+    if causal:
+        return _before(tokenizer, [""])[0], []
+    (both,) = _ids(tokenizer, [""])
+    return (both[:-1], both[-1:]) if both[-1:] == [end_of(tokenizer)] else (both, [])
+
+
+def padding_of(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The token that stands after a row's last."""
+    return end_of(tokenizer) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
 def end_of(tokenizer: PreTrainedTokenizerFast) -> int:

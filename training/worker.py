@@ -23,6 +23,8 @@ from cluster.accounting.actor import AccountantClient, connect
 from cluster.accounting.leases import Attempt
 from cluster.environment import HOME, code_hash
 from cluster.errors import PurserError, UsageError, without_content
+from training.audit.canaries import Canaries
+from training.audit.watch import Watch
 from training.config import Job
 from training.data import declared
 from training.encoding import Encoding
@@ -35,7 +37,7 @@ from training.metrics import only_public
 from training.models import rehearsed
 from training.preparation import digest
 from training.release import keep_rung, write_model
-from training.shards import Prepared, public_shard
+from training.shards import Prepared, beside, public_shard
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -117,6 +119,10 @@ class Rank:
         """The units of the train partition that fall to this rank."""
         return prepared.shard("train", self.number, self.world)
 
+    def canaries(self, config: dict[str, Any]) -> Canaries | None:
+        """The canaries that were sealed before the run began; None where the job has none."""
+        return Canaries.unsealed(Path(config["folder"]), config["sealed"]) if self.job.audit.canaries else None
+
     def judged(self, prepared: Prepared) -> Shard | PublicRecords | None:
         """What models are judged on: every unit of the validation partition, or the public file. For rank 0 only."""
         if self.number != 0:
@@ -134,8 +140,14 @@ def _train(config: dict[str, Any]) -> None:
     run = trainer.run
     prepared = rank.records(config["prepared"])
     shard, judges = rank.train_shard(prepared), rank.judged(prepared)
+    canaries = rank.canaries(config)
+    watch = None
+    if canaries is not None:
+        mine = canaries.part(rank.number, rank.world)
+        shard = beside(shard, canaries.shard(job, mine[canaries.inside[mine]]))
+        watch = Watch(trainer, canaries.shard(job, mine), canaries.candidates)
 
-    done = _restore(trainer)
+    done = _restore(trainer, watch)
     behind = sum(rung <= done for rung in job.rungs) if len(job.charged) > 1 else 0
     attempt = from_rank_0(lambda: client.open(lease, secrets.token_hex(16), done, behind))
     if attempt.charges != {charge.account: charge for charge in (run.charge(train_account), *job.charges()[1:])}:
@@ -152,16 +164,20 @@ def _train(config: dict[str, Any]) -> None:
         grant = from_rank_0(lambda: client.authorise(lease, attempt.epoch, train_account, number))  # noqa: B023
         if grant is None:
             break
-        trainer.steps(shard, grant.stop - grant.start)
+        trainer.steps(shard, grant.stop - grant.start, watch.told if watch is not None else None)
+        if watch is not None:
+            watch.look()
         before, ran = ran, done + grant.stop
         # With the checkpoint of the same report: an attempt that goes on from it has these rungs behind it.
         metrics = judge.at_rung(trainer, ran) if any(before < rung <= ran for rung in job.rungs) else {}
-        _report(trainer, {"steps": ran, "attempt": attempt.attempt, **metrics}, rank.number)
+        _report(trainer, {"steps": ran, "attempt": attempt.attempt, **metrics}, rank.number, watch)
 
+    if watch is not None and ran:
+        watch.end(Path(config["folder"]), rank.number, mine)
     metrics = judge.at_end(trainer) if ran else {}
     status = "completed" if ran >= run.steps else "stopped" if ran else "refused"
     # With a checkpoint, even if the last block has left one: Ray Train's result is the newest report that has one.
-    _report(trainer, {"steps": ran, "attempt": attempt.attempt, "status": status, **metrics}, rank.number)
+    _report(trainer, {"steps": ran, "attempt": attempt.attempt, "status": status, **metrics}, rank.number, watch)
 
 
 class Judge:
@@ -220,7 +236,7 @@ def from_rank_0(ask: Any) -> Any:
     return answer[0]
 
 
-def _restore(trainer: PrivateTrainer) -> int:
+def _restore(trainer: PrivateTrainer, watch: Watch | None) -> int:
     """Load the last committed checkpoint, if there is one; returns the steps that are in it."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
@@ -229,7 +245,11 @@ def _restore(trainer: PrivateTrainer) -> int:
         read = functools.partial(torch.load, weights_only=True, map_location="cpu")
         state = read(Path(folder) / "state.pt")
         mine = Path(folder) / _shard_of(ray.train.get_context().get_world_rank())
-        trainer.load_state_dict(state, read(mine) if mine.exists() else None)
+        shard = read(mine) if mine.exists() else {}
+        seen = shard.pop("canaries", None)
+        trainer.load_state_dict(state, shard or None)
+        if watch is not None:
+            watch.load(seen)
     return int(state["steps"])
 
 
@@ -237,10 +257,11 @@ def _shard_of(rank: int) -> str:
     return f"shard-{rank}.pt"
 
 
-def _report(trainer: PrivateTrainer, metrics: dict[str, Any], rank: int) -> None:
-    """Report, with a checkpoint: what is whole from rank 0, and from every rank its shard of the optimizer."""
+def _report(trainer: PrivateTrainer, metrics: dict[str, Any], rank: int, watch: Watch | None) -> None:
+    """Report, with a checkpoint: what is whole from rank 0, and from every rank its shard of the optimizer and what it
+    has seen of canaries."""
     only_public(metrics)
-    shard = trainer.shard_dict()
+    shard = trainer.shard_dict() | ({} if watch is None else {"canaries": watch.state()})
     if rank != 0 and not shard:
         ray.train.report(metrics)
         return

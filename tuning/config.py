@@ -220,6 +220,18 @@ class SweepJob(Job):
         """The job of one run, without the sweep."""
         return Job.model_validate(self.model_dump(mode="json", exclude={"tuning"}))
 
+    def check_swept(self) -> None:
+        """See that it may be a sweep.
+
+        Raises:
+            UsageError: it has canaries: an audit's bound is for one run, not for the one that was chosen of several.
+        """
+        if self.audit.canaries:
+            raise UsageError(
+                f"audit.canaries: {self.audit.canaries} was given, and a sweep is not audited; write audit.canaries=0 "
+                "behind the job, and audit one run of it with purser train."
+            )
+
     def candidate(self, values: dict[str, Any]) -> Job:
         """The run of one trial, with the rungs at which its scheduler judges it.
 

@@ -37,6 +37,7 @@ def submission(job: SweepJob | None, command: str | None, resume: str | None, na
         return Work([command, "--resume", resume], None, None, {"purser": command, "resume": resume})
     command = command or ("tune" if job.tuning.space else "train")
     if command == "tune":
+        job.check_swept()
         job.corners()
     shipped = job.model_dump(mode="json")
     words = [command, JOB]

@@ -5,9 +5,11 @@ nothing of a library's error crosses (P13). Ray Train's three calls are replaced
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import ray.train
 import torch
@@ -21,6 +23,8 @@ from cluster.environment import code_hash
 from cluster.errors import PurserError, Unreachable, UsageError
 from training import sources, worker
 from training.admission import admit, plans_of
+from training.audit.canaries import Canaries, digest, draw
+from training.audit.watch import Watch
 from training.data import DIGITS as DIGITS_SOURCE
 from training.engine.bookkeeping import BookKeepingHooks
 from training.engine.trainer import PrivateTrainer
@@ -31,6 +35,7 @@ from training.metrics import ACCURACY
 from training.models import rehearsed
 from training.preparation import prepare
 from training.release import kept_rungs
+from training.shards import Prepared
 from tuning.config import SweepJob
 
 TRAIN, VALIDATION = "digits/train", "digits/validation"
@@ -75,9 +80,9 @@ class Desk:
         monkeypatch.setattr(worker, "connect", lambda ledger: self.client)
         steps = PrivateTrainer.steps
 
-        def watched(trainer, shard, count):
+        def watched(trainer, shard, count, *told):
             self.events.append(f"run {count}")
-            steps(trainer, shard, count)
+            steps(trainer, shard, count, *told)
 
         monkeypatch.setattr(PrivateTrainer, "steps", watched)
         authorise = self.leases.authorise
@@ -106,6 +111,7 @@ class Desk:
                 "folder": str(self.folder),
                 "mark": marked(self.folder),
                 "prepared": str(self.prepared()),
+                "sealed": digest(self.folder),
                 "code": code_hash(),
                 **config,
             }
@@ -173,11 +179,11 @@ def test_a_crash_burns_what_was_authorised_and_the_rest_is_charged_again(desk, m
     steps = PrivateTrainer.steps
     calls = []
 
-    def dies(trainer, shard, count):
+    def dies(trainer, shard, count, *told):
         calls.append(count)
         if len(calls) == 2:
             raise MemoryError("record 17 of SECRET-PERSON did not fit")
-        steps(trainer, shard, count)
+        steps(trainer, shard, count, *told)
 
     monkeypatch.setattr(PrivateTrainer, "steps", dies)
     with pytest.raises(PurserError) as caught:
@@ -230,8 +236,8 @@ def test_a_silent_accountant_stops_training(desk, monkeypatch):
 def test_a_fenced_worker_cannot_go_on(desk, monkeypatch):
     steps = PrivateTrainer.steps
 
-    def fenced(trainer, shard, count):
-        steps(trainer, shard, count)
+    def fenced(trainer, shard, count, *told):
+        steps(trainer, shard, count, *told)
         desk.leases.open("run", "another process", done=0)
 
     monkeypatch.setattr(PrivateTrainer, "steps", fenced)
@@ -277,13 +283,13 @@ def interrupted(desk, monkeypatch):
     """Train, and die in the second block; the parameters that the next attempt starts with go to a list."""
     steps, calls, seen = PrivateTrainer.steps, [], []
 
-    def dies(trainer, shard, count):
+    def dies(trainer, shard, count, *told):
         calls.append(count)
         if len(calls) == 2:
             raise MemoryError
         if len(calls) == 3:
             seen.append([p.detach().clone() for p in trainer.model.parameters()])
-        steps(trainer, shard, count)
+        steps(trainer, shard, count, *told)
 
     monkeypatch.setattr(PrivateTrainer, "steps", dies)
     with pytest.raises(PurserError, match="MemoryError"):
@@ -410,11 +416,11 @@ def test_each_rung_keeps_the_weights_that_were_judged(laddered):
 def test_a_new_attempt_is_judged_only_at_the_rungs_that_it_has_before_it(laddered, monkeypatch, dies_in_block):
     steps, calls = PrivateTrainer.steps, []
 
-    def dies(trainer, shard, count):
+    def dies(trainer, shard, count, *told):
         calls.append(count)
         if len(calls) == dies_in_block:
             raise MemoryError
-        steps(trainer, shard, count)
+        steps(trainer, shard, count, *told)
 
     monkeypatch.setattr(PrivateTrainer, "steps", dies)
     with pytest.raises(PurserError, match="MemoryError"):
@@ -476,8 +482,8 @@ def test_a_loop_that_judges_first_is_seen(laddered, monkeypatch):
 def test_a_report_of_anything_else_ends_the_run_before_it_leaves(desk, monkeypatch):
     report = worker._report
 
-    def leaks(trainer, metrics, rank):
-        report(trainer, {**metrics, "val_loss": 0.125}, rank)
+    def leaks(trainer, metrics, rank, watch):
+        report(trainer, {**metrics, "val_loss": 0.125}, rank, watch)
 
     monkeypatch.setattr(worker, "_report", leaks)
     with pytest.raises(PurserError, match=r"reported 'val_loss', which is neither public nor noised") as caught:
@@ -578,3 +584,80 @@ def test_a_gpu_that_torch_does_not_see_is_refused_before_any_charge(desk, monkey
     with pytest.raises(UsageError, match=r"training\.device: gpu was given, and torch sees none"):
         rehearsed(job)
     assert desk.steps_charged() == 0
+
+
+@pytest.fixture
+def audited(home, monkeypatch):
+    """A run with 40 canaries."""
+    home.mkdir()
+    desk = Desk(home, monkeypatch)
+    desk.job = desk.job.with_values({"audit.canaries": 40})
+    draw(desk.job, 8).seal(desk.folder)
+    desk.leases.reserve("run", "run", desk.job.charges())
+    return desk
+
+
+def test_canaries_that_are_in_are_units_of_the_train_shard_and_of_nothing_else(audited, monkeypatch):
+    """Each a unit of its own behind the real ones, which are those of a run without; those that are out are nowhere."""
+    shards, steps = [], PrivateTrainer.steps
+
+    def seen(trainer, shard, count, *told):
+        shards.append(shard)
+        steps(trainer, shard, count, *told)
+
+    monkeypatch.setattr(PrivateTrainer, "steps", seen)
+    audited.train()
+    sealed = Canaries.unsealed(audited.folder)
+    real = Prepared.at(audited.prepared()).shard("train", 0, 1)
+    mine = shards[0]
+    assert mine.units == real.units + sealed.inside.sum()
+    assert torch.equal(mine.features[: len(real.labels)], real.features[:])
+    assert torch.equal(mine.labels[: len(real.labels)], real.labels[:])
+    behind = sealed.shard(audited.job, np.flatnonzero(sealed.inside))
+    assert torch.equal(mine.features[len(real.labels) :], behind.features[:])
+    assert mine.offsets[real.units :].tolist() == list(range(len(real.labels), len(mine.labels) + 1))
+    judged = Prepared.at(audited.prepared()).shard("validation", 0, 1)
+    made = {row.tobytes() for row in sealed.arrays["features"]}
+    assert not any(row.numpy().tobytes() in made for row in judged.features[:])
+
+
+def test_what_was_seen_of_canaries_goes_on_from_the_checkpoint(audited, monkeypatch):
+    """Each update is in the sum once: what was seen in a block that died is not, and is seen anew."""
+    told, steps, calls = [], PrivateTrainer.steps, []
+    look = Watch.look
+
+    def dies(trainer, shard, count, *watching):
+        calls.append(count)
+        if len(calls) == 2:
+            watching[0](torch.full((trainer.last_numbers(10**9),), 1e6, dtype=torch.float64))
+            raise MemoryError
+        steps(trainer, shard, count, *watching)
+
+    def looks(watch):
+        before = watch.state()["sum"].clone()
+        look(watch)
+        told.append((before, watch.state()["sum"].clone()))
+
+    monkeypatch.setattr(PrivateTrainer, "steps", dies)
+    monkeypatch.setattr(Watch, "look", looks)
+    with pytest.raises(PurserError, match="MemoryError"):
+        audited.train()
+    audited.train()
+    assert [bool((before == 0).all()) for before, _ in told] == [True, False, False]
+    assert all(torch.equal(after, before) for (_, after), (before, _) in itertools.pairwise(told))
+    with np.load(audited.folder / "canaries-0.npz") as seen:
+        assert seen["number"].tolist() == list(range(40))
+        assert np.array_equal(seen["white-box"], told[-1][1].numpy())
+        assert 0 < np.abs(seen["white-box"]).max() < 1e3
+
+
+def test_canaries_that_are_gone_are_found_before_any_charge(audited):
+    """Others in their place, too: their coins are not those by which the run was begun."""
+    began = digest(audited.folder)
+    draw(audited.job, 8).seal(audited.folder)
+    with pytest.raises(UsageError, match=r"^audit\.canaries: those that the run was begun with are not in"):
+        audited.train(sealed=began)
+    (audited.folder / "canaries.npz").unlink()
+    with pytest.raises(UsageError, match=r"^audit\.canaries"):
+        audited.train()
+    assert audited.steps_charged() == 0

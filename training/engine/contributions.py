@@ -21,6 +21,7 @@ _ROUNDING = 2.0**-24  # of fp32
 # units that is up to B·√(rT)·2^-24·C (0.05 to 0.37 of it was seen). Where B·√(rT) is more than this, they are fp64.
 SPREAD = 2.0**14
 _RUN = 256  # how many squares are added up in fp32; how many units are copied to fp64 at once
+_AT_ONCE = 1 << 24  # numbers, 64 MiB, of products that are written out
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,10 @@ class Contribution(Protocol):
             spread: B·√r of the run, by which products of factors are taken in fp32 or fp64 (see `SPREAD`).
         """
 
+    def inner(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Inner products of every unit's gradient with `vectors`, fp32 [vectors, parameter's numbers]. Shape [units,
+        vectors], fp64. For canaries, which are nobody's."""
+
 
 @dataclass(frozen=True)
 class PerUnit:
@@ -124,6 +129,12 @@ class PerUnit:
         for some in range(0, len(weights), _RUN):
             product = gradients[some : some + _RUN].double().T @ weights[some : some + _RUN].double()
             total += product if self.turned is None else product.view(self.turned).T.flatten()
+
+    def inner(self, vectors: torch.Tensor) -> torch.Tensor:
+        """See `Contribution`."""
+        if self.turned is not None:
+            vectors = vectors.unflatten(1, self.turned[::-1]).mT.flatten(1)
+        return (self.gradients @ vectors.T).double()
 
 
 @dataclass(frozen=True)
@@ -167,6 +178,16 @@ class Products:
         else:
             into += g.T @ a
 
+    def inner(self, vectors: torch.Tensor) -> torch.Tensor:
+        """See `Contribution`; the products are written out for as many records at once as _AT_ONCE allows."""
+        found = torch.zeros(self.units.count, len(vectors), dtype=torch.float64, device=self.backprops.device)
+        some = max(1, _AT_ONCE // vectors.shape[1])
+        for first in range(0, len(self.backprops), some):
+            g, a = self.backprops[first : first + some], self.activations[first : first + some]
+            unit = self.units.of_record[first : first + some].to(found.device)
+            found.index_add_(0, unit, ((g.mT @ a).flatten(1) @ vectors.T).double())
+        return found
+
 
 @dataclass(frozen=True)
 class Lookups:
@@ -203,6 +224,14 @@ class Lookups:
         if holes:
             much = _without(weights[owner], much)
         total.view(self.shape).index_add_(0, entry, much * weights[owner][:, None])
+
+    def inner(self, vectors: torch.Tensor) -> torch.Tensor:
+        """See `Contribution`."""
+        owner, entry, much = self._added
+        found = torch.zeros(self.units.count, len(vectors), dtype=torch.float64, device=much.device)
+        for i, vector in enumerate(vectors):
+            found[:, i].index_add_(0, owner, (much * vector.view(self.shape)[entry]).sum(1))
+        return found
 
 
 def _guarded(of_a: torch.Tensor, of_g: torch.Tensor, longest: int) -> torch.Tensor:

@@ -197,8 +197,13 @@ class PrivateOptimizer(DPOptimizer):
         taken, self._sum = self._sum, torch.zeros_like(self._sum)
         return taken
 
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(
+        self, closure: Callable[[], float] | None = None, told: Callable[[torch.Tensor], None] | None = None
+    ) -> None:
         """Noise, reduce, scale and apply the sum; the same on every rank, whatever it accumulated.
+
+        Args:
+            told: is shown what is applied, fp64 [parameters], for as long as it is called: it is noised, and released.
 
         Raises:
             PurserError: another rank ended or kept silent for longer than the process group's timeout, the process
@@ -225,6 +230,8 @@ class PrivateOptimizer(DPOptimizer):
         if distributed:
             self._reduce()
         self._sum.div_(self._grid).round_().mul_(self._grid / self._run.expected_batch_size)
+        if told is not None:
+            told(self._sum)
         parts = self._sum.split([p.numel() for p in self.params])
         self._stepper.step([part.view_as(p).to(p.dtype) for part, p in zip(parts, self.params, strict=True)])
         self._sum.zero_()

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from cluster.errors import PurserError, UsageError
 from training.engine.bookkeeping import BookKeepingHooks
-from training.engine.contributions import Contribution, Units
+from training.engine.contributions import Contribution, Units, clip_factors
 from training.engine.layers import PerRecordHooks
 from training.engine.objective import in_one_shape, record_losses
 from training.engine.optimizer import PrivateOptimizer, is_distributed, ranks
@@ -181,9 +182,41 @@ class PrivateTrainer:
             sizes = ours[p].squared_norms().sqrt().sum().item()
             yield name, total, torch.zeros_like(total) if true is None else true.flatten(), sizes
 
-    def steps(self, shard: Shard, count: int) -> None:
+    def last_numbers(self, most: int) -> int:
+        """How many of the numbers that train, in whole tensors from the last on: as many as `most`, or one tensor."""
+        sizes = [p.numel() for p in reversed(self._optimizer.params)]
+        return max([total for total in itertools.accumulate(sizes) if total <= most], default=sizes[0])
+
+    def along(self, batch: MicroBatch, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """For an audit on canaries, which are nobody's: the length of what each unit of `batch` would contribute to a
+        sum, clipped as there, and its direction's inner products with `vectors`.
+
+        Args:
+            vectors: fp32 [vectors, numbers], over `last_numbers`.
+
+        Returns:
+            Shapes [units] and [units, vectors], fp64, on the CPU. Of a unit that would contribute nothing, zeros.
+        """
+        parts, last = self._contributions(batch), vectors.shape[1]
+        squares = torch.stack([parts[p].squared_norms() for p in self._optimizer.params]).sum(0)
+        factors = clip_factors(squares, self.run.max_grad_norm).double()
+        found = torch.zeros(batch.units, len(vectors), dtype=torch.float64, device=self.device)
+        for p in reversed(self._optimizer.params):
+            if last == 0:
+                break
+            found += parts[p].inner(vectors[:, last - p.numel() : last])
+            last -= p.numel()
+        sizes = squares.sqrt()
+        some = (factors > 0) & (sizes > 0)
+        lengths = torch.where(some, factors * sizes, 0.0)
+        return lengths.cpu(), torch.where(some[:, None], found / sizes[:, None], 0.0).cpu()
+
+    def steps(self, shard: Shard, count: int, told: Callable[[torch.Tensor], None] | None = None) -> None:
         """Run `count` logical steps on Poisson samples of `shard`, under keys of this trainer's own. A rank whose batch
         is empty takes part in each collective all the same.
+
+        Args:
+            told: see `PrivateOptimizer.step`; called in each step.
 
         Raises:
             PurserError: more steps than are planned; or an earlier step failed half-way, so that this trainer can take
@@ -198,7 +231,7 @@ class PrivateTrainer:
             for _ in range(count):
                 for batch in micro_batches(shard, self._sampler.draw(), self.rows):
                     self.accumulate(batch)
-                self._optimizer.step()
+                self._optimizer.step(told=told)
                 self._schedule.step()
         except BaseException:
             self._optimizer.spoil()

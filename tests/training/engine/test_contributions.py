@@ -58,6 +58,15 @@ def test_norms_and_sums_are_those_of_the_gradients(monkeypatch, times, spread):
         assert torch.allclose(total.double() - 3, weights.double() @ written, atol=1e-4)
 
 
+@pytest.mark.parametrize("times", [1, 4])
+def test_inner_products_are_those_of_the_gradients(monkeypatch, times):
+    """Some records' products at a time."""
+    monkeypatch.setattr("training.engine.contributions._AT_ONCE", 80)
+    for written, contribution in kept(times):
+        vectors = torch.randn(3, written.shape[1])
+        assert torch.allclose(contribution.inner(vectors), written @ vectors.double().T, atol=1e-4)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_unit_of_weight_zero_adds_exactly_nothing(bad):
     """Whatever of it is not finite, activations or gradients, it has no norm and no part in the sum (H8)."""
@@ -274,3 +283,45 @@ def test_frozen_and_buffered_tensors_are_as_they_were_at_release():
         tensor.data.copy_(before)
     assert trainer.unhook() is model
     assert flat(model).numel() > WIDTH
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["linear", "mlp", "cnn"])
+def test_what_an_audit_asks_of_a_unit_is_its_clipped_gradient(kind, mode):
+    """Lengths and directions of records alone, over all numbers and over the last tensors only, by the definition."""
+    shard, run = shard_of(most=1), plan(max_grad_norm=0.7, physical_batch_size=16)
+    model = model_of(kind)
+    trainer = PrivateTrainer(model, Optimizer(), run, mode)
+    gradients = torch.stack([unit_gradient(model_of(kind).double(), shard, u) for u in range(shard.units)])
+    norms = gradients.norm(dim=1)
+    assert (norms > 0.7).any()
+    last = trainer.last_numbers(gradients.shape[1] - 1)
+    assert 0 < last < gradients.shape[1] == trainer.last_numbers(10**9)
+    for numbers in (gradients.shape[1], last):
+        vectors = torch.randn(4, numbers)
+        lengths, along = trainer.along(whole(shard), vectors)
+        assert torch.allclose(lengths, norms.clamp(max=0.7), atol=1e-5)
+        assert torch.allclose(along, (gradients[:, -numbers:] / norms[:, None]) @ vectors.double().T, atol=1e-4)
+    assert all(p.grad is None for p in model.parameters())
+    trainer.steps(shard, 1)  # nothing of it is left behind
+
+
+def test_a_canary_that_would_count_as_nothing_has_no_direction():
+    shard = shard_of(most=1)
+    shard.features[3] = float("nan")
+    trainer = PrivateTrainer(model_of("linear"), Optimizer(), plan(physical_batch_size=16))
+    lengths, along = trainer.along(whole(shard), torch.ones(2, trainer.last_numbers(10**9)))
+    assert lengths[3] == 0
+    assert (along[3] == 0).all()
+    assert (lengths.isfinite().all(), along.isfinite().all()) == (True, True)
+
+
+def test_updates_are_told_as_they_are_applied():
+    """After noise, sum and division: what the model's step was made of; the same on a run that nobody watches."""
+    shard, run = shard_of(), plan(noise_multiplier=1.0)
+    model, told = model_of("mlp"), []
+    trainer = PrivateTrainer(model, Optimizer(learning_rate=0.5), run)
+    before = flat(model)
+    trainer.steps(shard, run.steps, lambda update: told.append(update.clone()))
+    assert len(told) == run.steps
+    assert torch.allclose(before - 0.5 * torch.stack(told).sum(0), flat(model), atol=1e-6)

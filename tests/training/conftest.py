@@ -1,0 +1,1 @@
+"""Where this stands, pytest looks for the modules that tests in the folders below share."""

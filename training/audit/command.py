@@ -1,0 +1,157 @@
+"""`purser audit RUN`: from what a finished run saw of its canaries to a verdict.
+
+Reads scores, coins and the ledger; no private record and no model, but for shadow models, which are trained on canaries
+and public records. The verdict never says that anything is private: an audit can contradict a claim, or not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster import environment
+from cluster.errors import UsageError
+from cluster.files import write_whole
+from cluster.screen import Screen
+from cluster.service import open_desk
+from training.audit import bounds, membership
+from training.audit.canaries import Canaries, digest
+from training.audit.plan import SCORES, Plan, plan
+from training.audit.power import power
+from training.config import Job
+from training.driver import COMPLETED, STOPPED, Outcome, charged
+
+AUDIT = "audit.json"  # in a run's folder
+METHOD = "one run with canaries under fair coins (Steinke, Nasr and Jagielski 2023)"
+HEURISTIC = "Clopper–Pearson intervals of the guesses, as if canaries of one run were independent runs: a heuristic"
+CONTRADICTS = "contradicts the claim"
+
+
+def audit(run: str, job: Job, screen: Screen, shadows: int = 0) -> dict[str, Any]:
+    """Audit the finished `run` of `job`; returns the contract's keys, and keeps them in the run's folder.
+
+    Args:
+        shadows: how many shadow models to train for the offline likelihood-ratio attack; 0 leaves it out.
+
+    Raises:
+        UsageError: it has no canaries, or is not at its end.
+    """
+    folder = environment.run_folder(run)
+    if shadows < 0 or 0 < shadows < 4:
+        raise UsageError(f"--shadows: {shadows} was given; write 0, or 4 or more, of which half never saw a canary.")
+    if not job.audit.canaries:
+        raise UsageError(
+            f"RUN: {run} was trained without canaries, so there is nothing to audit it by; write audit: {{canaries: "
+            "500}} in its job file and train again, under another charge."
+        )
+    outcome = Outcome.kept(folder)
+    if outcome is None or outcome.status not in (COMPLETED, STOPPED):
+        raise UsageError(f"RUN: {run} is not at its end; {environment.going_on('train', run)} goes on with it.")
+    canaries = Canaries.unsealed(folder)
+    seen = seen_by(folder, len(canaries), run)
+    books = open_desk().books
+    screen.say(f"Ledger {books.place}")
+    fixed = plan(job, charged(books, job, run).steps, canaries.facts["guesses"])
+    result = assessed(fixed, canaries, seen) | {"run": run, "sealed": digest(folder)}
+    result["membership"] = {"loss": membership.attack(-seen["loss"], canaries.inside).as_json(), "lira": None}
+    if shadows:
+        result["membership"]["lira"] = _lira(job, canaries, seen["loss"], shadows, screen)
+    write_whole(folder / AUDIT, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    return result
+
+
+def assessed(fixed: Plan, canaries: Canaries, seen: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What the scores say of the claim: every score's bound, the largest of them, and the verdict."""
+    inside = canaries.inside
+    each: list[dict[str, Any]] = []
+    for name in SCORES:
+        right = bounds.guessed(seen[name], inside, fixed.guesses)
+        low = bounds.one_run(fixed.canaries, fixed.guesses, right, fixed.delta, fixed.beta)
+        each.append(
+            {
+                "score": name,
+                "correct": right,
+                "epsilon_lower_bound": low,
+                "heuristic": _heuristic(fixed, seen[name], inside),
+            }
+        )
+    best = max(each, key=lambda one: (one["epsilon_lower_bound"], one["correct"]))
+    most = bounds.ceiling(fixed.canaries, fixed.guesses, fixed.delta, fixed.beta)
+    contradicts = best["epsilon_lower_bound"] > fixed.epsilon
+    verdict = f"does not contradict it; this audit could have shown at most ε = {most:.2f}"
+    return {
+        "method": METHOD,
+        "score": best["score"],
+        **canaries.facts,
+        "correct": best["correct"],
+        "needed": bounds.needed(fixed.canaries, fixed.guesses, fixed.delta, fixed.beta, fixed.epsilon),
+        "confidence": 1 - fixed.beta * len(SCORES),
+        "delta": fixed.delta,
+        "epsilon_lower_bound": best["epsilon_lower_bound"],
+        "ceiling": most,
+        "power": power(fixed.broken, fixed.canaries, fixed.guesses, fixed.delta, fixed.beta, fixed.epsilon),
+        "epsilon_claimed": fixed.epsilon if math.isfinite(fixed.epsilon) else None,
+        "verdict": CONTRADICTS if contradicts else verdict,
+        "contradicted": contradicts,
+        "scores": each,
+        "heuristic": HEURISTIC,
+        "exposure": _exposure(canaries, seen["rank"]),
+    }
+
+
+def _heuristic(fixed: Plan, scores: np.ndarray, inside: np.ndarray) -> float:
+    """Of the guesses "in" alone: how many of those with the highest scores were in, and how many not."""
+    top = np.argsort(-scores, kind="stable")[: fixed.guesses // 2]
+    true, members = int(inside[top].sum()), int(inside.sum())
+    return bounds.heuristic(true, members, len(top) - true, len(inside) - members, fixed.delta, fixed.beta)
+
+
+def _exposure(canaries: Canaries, ranks: np.ndarray) -> dict[str, float] | None:
+    """Of canaries whose last token is one of many: how far it stands out where it was learnt and where not, in bits."""
+    if not len(canaries.candidates):
+        return None
+    found = membership.exposure(ranks, len(canaries.candidates))
+    inside = canaries.inside
+    return {
+        "candidates": len(canaries.candidates),
+        "mean_inside": float(found[inside].mean()) if inside.any() else 0.0,
+        "mean_outside": float(found[~inside].mean()) if not inside.all() else 0.0,
+        "highest_inside": float(found[inside].max(initial=0.0)),
+        "highest_outside": float(found[~inside].max(initial=0.0)),
+    }
+
+
+def seen_by(folder: Path, count: int, run: str) -> dict[str, np.ndarray]:
+    """What all ranks saw, in the order of the canaries."""
+    parts = []
+    for path in sorted(folder.glob("canaries-*.npz")):
+        with np.load(path, allow_pickle=False) as file:
+            parts.append({name: file[name] for name in file.files})
+    numbers = np.concatenate([part["number"] for part in parts]) if parts else np.zeros(0, np.int64)
+    if sorted(numbers.tolist()) != list(range(count)):
+        raise UsageError(
+            f"RUN: what {run} saw of its canaries is not whole in {folder}; put its files back, or train a new run."
+        )
+    order = np.argsort(numbers)
+    return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
+
+
+def _lira(job: Job, canaries: Canaries, loss: np.ndarray, shadows: int, screen: Screen) -> dict[str, Any]:
+    from training.audit.shadows import shadow_losses
+    from training.released import in_tenths
+
+    screen.say(f"Training {shadows} shadow models on canaries and public records; nothing is charged.")
+    found, had = shadow_losses(job, canaries, shadows, in_tenths(screen, "shadow models"))
+    scores = membership.lira(_confidence(loss), _confidence(found), had, fixed_variance=shadows < 64)
+    return {"shadows": shadows, **membership.attack(scores, canaries.inside).as_json()}
+
+
+def _confidence(loss: np.ndarray) -> np.ndarray:
+    """log(p / (1 − p)) of p = e^−loss, which over models is nearly Gaussian (Carlini et al. 2022, section VI-A)."""
+    some = np.clip(loss, 1e-12, 700.0)
+    found: np.ndarray = -some - np.log(-np.expm1(-some))
+    return found

@@ -1,0 +1,73 @@
+"""How an audit looks on a terminal and in a sentence. Decides nothing; never says that anything is private."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Column, Table
+
+BITS = "log2 of how many tokens there are, less log2 of its rank"
+
+
+def audit_table(result: Mapping[str, Any]) -> Iterator[object]:
+    """What a person reads of an audit: lines and a table."""
+    yield (
+        f"Audit of {result['run']}: {result['canaries']} {result['kind']} canaries ({result['distinct']} of them "
+        f"differ), {result['guesses']} guesses of each score, fixed before the run began."
+    )
+    table = Table(
+        Column("score"),
+        Column("right"),
+        Column("ε is at least"),
+        Column("heuristic"),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for one in result["scores"]:
+        right = f"{one['correct']} of {result['guesses']}"
+        mark = " ★" if one["score"] == result["score"] else ""
+        table.add_row(one["score"] + mark, right, f"{one['epsilon_lower_bound']:.3f}", f"{one['heuristic']:.3f}")
+    yield table
+    yield f"heuristic: {result['heuristic']}."
+    needed = result["needed"]
+    yield (
+        f"Claimed of this run alone: ε ≤ {claim(result)} at δ = {result['delta']:g}. "
+        + (f"{needed} right guesses would contradict that" if needed else "No number of right guesses contradicts that")
+        + f"; of a run with a tenth of the noise {result['power']:.0%} would, if nothing else lay along a canary's "
+        "gradient."
+    )
+    for name, one in result["membership"].items():
+        if one is not None:
+            yield f"Membership inference, {name}: {attack(one)}."
+    if (said := result["exposure"]) is not None:
+        yield (
+            f"Exposure ({BITS}): in the mean {said['mean_inside']:.2f} bits where the canary was learnt, "
+            f"{said['mean_outside']:.2f} where not; at most {said['highest_inside']:.2f} and "
+            f"{said['highest_outside']:.2f}, of {said['candidates']} tokens."
+        )
+    yield f"[bold]{in_words(result)}[/]"
+
+
+def in_words(result: Mapping[str, Any]) -> str:
+    """The verdict, with what it rests on."""
+    return (
+        f"At {result['confidence']:.0%} confidence ε is at least {result['epsilon_lower_bound']:.3f} "
+        f"({result['score']}): this {result['verdict']}."
+    )
+
+
+def claim(result: Mapping[str, Any]) -> str:
+    """The ε that was claimed, rounded up."""
+    epsilon = result["epsilon_claimed"]
+    return "∞" if epsilon is None else f"{epsilon:.3f}"
+
+
+def attack(said: Mapping[str, Any]) -> str:
+    """How well an attack told members from others."""
+    rates = ", ".join(
+        f"{one['tpr']:.1%} [{one['low']:.1%}, {one['high']:.1%}] of members at {one['target']:.1%} false alarms"
+        for one in said["rates"]
+    )
+    return f"AUC {said['auc']:.3f} [{said['auc_low']:.3f}, {said['auc_high']:.3f}], {rates}"
