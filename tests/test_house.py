@@ -49,6 +49,9 @@ def test_every_dependency_has_an_exact_version():
         ("tuning.plan", "ray torch"),
         ("training.engine.rehearsal", "ray deepspeed"),
         ("training.models", "ray deepspeed"),
+        ("training.audit.power", "ray torch dp_accounting"),
+        ("training.audit.claim", "ray torch dp_accounting"),
+        ("training.audit.membership", "ray torch dp_accounting"),
     ],
 )
 def test_a_room_imports_nothing_heavy(module, absent):
