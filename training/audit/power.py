@@ -15,7 +15,7 @@ from cluster.accounting.mechanisms import NOISE_MULTIPLIER_BOUNDS, SAMPLE_RATE_B
 from training.audit.bounds import MOST_CANARIES, ceiling, guessed, needed
 
 REPLICAS = 200
-FRACTIONS = (0.1, 0.2, 0.5, 1.0)  # of the canaries, that may be guessed
+FRACTIONS = (0.2, 0.5, 1.0)  # of the canaries, that may be guessed
 LESS_NOISE = 10  # a run that adds its noise a tenth too strong is what an audit must find
 _SEED = 20230515
 

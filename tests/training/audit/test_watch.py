@@ -85,7 +85,7 @@ def test_scores_are_those_of_the_definition(monkeypatch, tmp_path, window):
         assert np.allclose(seen[SCORES[2]], wanted_changes, atol=1e-5)
         assert np.allclose(seen[SCORES[0]], start - losses(model, mine, 5))
         assert np.allclose(seen["loss"], F.cross_entropy(model(mine.features), mine.labels, reduction="none").detach())
-    assert np.abs(wanted_sum).min() > 1e-3
+    assert np.abs(wanted_sum).max() > 1e-2, "there is something to see"
 
 
 def test_who_watches_changes_nothing():
