@@ -145,7 +145,8 @@ def test_the_release_is_whole_and_its_statement_true(voyage, monkeypatch):
 
     purser, first, _, _ = voyage
     release = Path(next(line for line in first.out.splitlines() if "Released: " in line).rpartition("Released: ")[2])
-    assert sorted(path.name for path in release.iterdir()) == ["statement.json", "statement.md", "weights.safetensors"]
+    written = ["statement.html", "statement.json", "statement.md", "weights.safetensors"]
+    assert sorted(path.name for path in release.iterdir()) == written
     said = json.loads((release / "statement.json").read_text())
     entries = purser("budget", "history", "digits/train", "--json").json["entries"]
     charges = said["partitions"][0]["charges"]
