@@ -150,7 +150,8 @@ def _pieces(said: Statement) -> Iterator[Piece]:
     if figure := in_words(metrics := said.released.metrics):
         yield Heading(f"Metrics: {said.evaluation.figure}")
         yield f"{figure} ({said.evaluation.error}).".capitalize()
-        yield Lines(by_group(metrics))
+        if groups := by_group(metrics):
+            yield Lines(groups)
     yield Heading("What was checked")
     yield Table(["layer", "check", "result", "how"], [[c.layer, c.check, c.result, c.how] for c in said.checks])
     yield Heading("Audits")

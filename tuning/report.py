@@ -23,13 +23,13 @@ from training.claims import EXCLUDED
 from training.metrics import figure, in_words
 from training.page import Markup, Point, chart, definitions, headed, items, table, tag, whole
 from training.rendering import exact, section, share, unit_of, words
+from training.reporting import REPORT
 from training.statement import LIBRARIES
 
 if TYPE_CHECKING:
     from training.statement import Statement
     from tuning.trials import Trial
 
-REPORT = "report.html"  # in a sweep's folder
 _NONE = "–"
 
 
