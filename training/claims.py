@@ -74,7 +74,7 @@ _CHECKS: dict[Layer, tuple[tuple[str, Result, str], ...]] = {
         (
             "what ran is what was reserved",
             "passed",
-            "σ, q, steps and the evaluation's noise, compared before the first charge",
+            "{reserved}",
         ),
         (
             "one unit contributes at most max_grad_norm, whatever its companions",
@@ -99,7 +99,7 @@ _CHECKS: dict[Layer, tuple[tuple[str, Result, str], ...]] = {
             "not checked",
             "whoever looked has spent what no ledger saw",
         ),
-        ("what is called public is nobody's secret", "not checked", "it is declared; {}"),
+        ("what is called public is nobody's secret", "not checked", "{public}"),
         ("how the records were collected, and who else has them", "not checked", "their owner's affair"),
     ),
 }
@@ -119,9 +119,16 @@ def withheld(mode: Mode) -> tuple[str, ...]:
     return (*_WITHHELD, *_OTHERS[mode])
 
 
-def checks(job: Job) -> Iterator[tuple[Layer, str, Result, str]]:
+def checks(job: Job, mode: Mode) -> Iterator[tuple[Layer, str, Result, str]]:
     """What was checked before anything of `job` left, by layers of NIST SP 800-226's pyramid."""
-    whole = "no whole source of this ledger is" if job.evaluation.source else "a pretrained model's maker knows best"
+    public = "nothing is"
+    if job.evaluation.source is not None:
+        public = "it is declared; no whole source of this ledger is"
+    elif not job.model.made_here:
+        public = "what the pretrained model has seen is its maker's word"
+    reserved = "σ, q, steps and the evaluation's noise, compared before the first charge"
+    if mode == "select":
+        reserved = "no candidate costs more than was reserved for, at any order; compared before it ran"
     for layer, rows in _CHECKS.items():
         for check, result, how in rows:
-            yield layer, check, result, how.format(whole)
+            yield layer, check, result, how.format(public=public, reserved=reserved)

@@ -204,7 +204,7 @@ def read(path: Path, field: str) -> Statement:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        said = Schema.model_validate_json(text).schema_
+        said = _Schema.model_validate_json(text).schema_
         if said == SCHEMA:
             return Statement.model_validate_json(text)
     except (OSError, UnicodeDecodeError) as error:
@@ -221,7 +221,7 @@ def read(path: Path, field: str) -> Statement:
     )
 
 
-class Schema(BaseModel):
+class _Schema(BaseModel):
     """As much of a file as says what the rest of it is."""
 
     schema_: Annotated[str, Field(alias="schema")]
@@ -283,7 +283,8 @@ def statement(
         evaluation=Judged(figure=job.evaluation.measured, error=job.evaluation.error),
         public_data=_public_data(job),
         checks=tuple(
-            Check(layer=layer, check=check, result=result, how=how) for layer, check, result, how in claims.checks(job)
+            Check(layer=layer, check=check, result=result, how=how)
+            for layer, check, result, how in claims.checks(job, mode)
         ),
         excluded=claims.EXCLUDED,
     )

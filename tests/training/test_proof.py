@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 import shutil
 import sqlite3
 import subprocess
@@ -20,6 +21,7 @@ from cluster.accounting.books import Books
 from cluster.accounting.leases import Leases
 from cluster.accounting.ledger import Ledger
 from cluster.accounting.schema import GENESIS, canonical, entry_hash
+from cluster.errors import UsageError
 from training import proof as room
 from training.proof import prove
 from training.release import write_statement
@@ -360,6 +362,43 @@ def test_attempts_that_crashed_are_part_of_the_price(tmp_path):
     said = said_of(books)
     assert said.partitions[0].authorised_steps == 40 + 30
     assert prove(said, books).valid
+
+
+def life(books, leases, draw, number):
+    """One run that is cut, crashes, is judged or not, and goes on or not, as it is drawn; its job and its lease."""
+    sizes = {"training.steps": draw.randint(1, 90), "training.block": draw.choice([1, 7, 20, 100])}
+    job = JOB.with_values({**sizes, "training.noise_multiplier": draw.choice([2.5, 6.0]), "evaluation.noise": 20.0})
+    lease, (train, validation) = f"run-{number}", job.accounts
+    if not leases.reserve(lease, lease, job.charges()).fits:
+        return None
+    done = 0
+    for attempt in range(draw.randint(1, 3)):
+        try:
+            begun = leases.open(lease, f"{lease}-{attempt}", done)
+        except UsageError:
+            break
+        block = 0
+        while draw.random() < 0.9 and (grant := leases.authorise(lease, begun.epoch, train, block + 1)):
+            block, done = block + 1, min(job.training.steps, done + grant.stop - grant.start)
+        done = max(0, done - draw.choice([0, 0, job.training.block]))
+        if draw.random() < 0.7:
+            leases.authorise(lease, begun.epoch, validation, 1)
+    leases.close(lease, draw.choice(["settle", "release", "expire"]), "over")
+    return job, lease
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_an_honest_ledger_has_seen_its_statements_hold(tmp_path, seed):
+    draw = random.Random(seed)
+    books = Books(Ledger(f"sqlite:///{tmp_path}/ledger.db"))
+    books.create(JOB.dataset(["ab" * 32]), 3.0, 1e-4, {c.account: [c] for c in JOB.charges()}, 8)
+    lives = [life(books, Leases(books), draw, number) for number in range(12)]
+    seen = [said_of(books, *one) for one in filter(None, lives)]
+    assert len(seen) > 2
+    for said in seen:
+        assert broken(prove(said, books)) == set()
+    attempts = {row["attempt"] for row in books.history(TRAIN) if row["kind"] == "authorise"}
+    assert len(attempts) > 1, "runs that went on"
 
 
 # The front door.

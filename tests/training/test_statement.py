@@ -10,6 +10,7 @@ import math
 import re
 import sqlite3
 from contextlib import closing
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -24,11 +25,14 @@ from cluster.accounting.costs import block_cost, epsilon_of
 from cluster.accounting.schema import entry_hash
 from cluster.accounting.verify import verify
 from cluster.errors import UsageError
+from training import page as markup
 from training.claims import EXCLUDED
 from training.config import Optimizer
 from training.engine.run import DPSGDRun
 from training.engine.trainer import PrivateTrainer
-from training.release import write_release, write_weights
+from training.proof import prove
+from training.release import write_release, write_statement, write_weights
+from training.released import COST, Released, leave
 from training.rendering import audit, markdown, page
 from training.statement import SCHEMA, WEIGHTS, Statement, read
 
@@ -308,23 +312,80 @@ def test_a_run_without_metrics_says_so(books):
 HOSTILE = '"|</td></table><script>alert("x")</script><img src=x onerror=y>\u202e\n# heading'
 
 
+class Shape(HTMLParser):
+    """Every tag of a page, in order, with its attributes' names; one that is not closed in its order is an error."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags = [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, [name for name, _ in attrs]))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def with_text(said, text):
+    """The statement with `text` wherever one comes from elsewhere."""
+    part = said.partitions[0].model_copy(update={"account": text})
+    changes = {"run": text, "tuning": text, "partitions": (part,), "audits": ({text: text},), "public_data": text}
+    training = said.training.model_copy(update={"labels": (text, "b"), "model": {text: text}})
+    protected = said.protected.model_copy(update={"dataset": text, "unit": text})
+    return said.model_copy(
+        update={**changes, "training": training, "protected": protected, "generated": {text: [text]}}
+    )
+
+
 def test_hostile_texts_stay_texts(said):
-    part = said.partitions[0].model_copy(update={"account": HOSTILE})
-    changes = {"run": HOSTILE, "tuning": HOSTILE, "partitions": (part,), "audits": ({HOSTILE: HOSTILE},)}
-    training = said.training.model_copy(update={"labels": (HOSTILE, "b"), "model": {HOSTILE: HOSTILE}})
-    bad = said.model_copy(update={**changes, "training": training, "generated": {HOSTILE: [HOSTILE]}})
-    harmless = said.model_copy(update={**changes, "run": "x"})
+    bad, harmless = with_text(said, HOSTILE), with_text(said, "x")
+    assert Shape(page(bad)).tags == Shape(page(harmless)).tags
     for text in (page(bad), markdown(bad)):
         assert "<script" not in text
         assert "<img" not in text
         assert "\u202e" not in text
-    assert [line for line in markdown(bad).splitlines() if line == "# heading"] == []
-    rows = [line for line in markdown(bad).splitlines() if line.startswith("| ")]
-    assert all(line.replace("\\|", "").count("|") in (5, 6, 7, 8) for line in rows), "a cell is a cell"
-    assert re.findall(r"<[a-z]+", page(harmless)).count("<script") == 0
-    assert page(bad).startswith("<!DOCTYPE html>")
+    assert len(markdown(bad).splitlines()) == len(markdown(harmless).splitlines()), "no text makes a line of its own"
+    for one, other in zip(markdown(bad).splitlines(), markdown(harmless).splitlines(), strict=True):
+        if other.startswith("|"):
+            assert one.replace("\\|", "").count("|") == other.count("|"), "nor a cell"
     assert "default-src 'none'" in html.unescape(page(bad))
     assert not re.search(r"https?://|url\(|@import|javascript:", page(bad))
+
+
+def test_a_text_that_becomes_markup_is_seen(said, monkeypatch):
+    monkeypatch.setattr(markup, "_escaped", str)
+    with pytest.raises(AssertionError):
+        test_hostile_texts_stay_texts(said)
+
+
+def test_what_is_made_with_a_release_has_its_statement(tmp_path, books, said):
+    write_statement(tmp_path, said)
+    source = Released(RUN, tmp_path)
+    leave(source, tmp_path / "texts.jsonl.statement.json", "generated", {"file": "texts.jsonl", "texts": 3})
+    made = read(tmp_path / "texts.jsonl.statement.json", "STATEMENT")
+    assert made.generated == {"run": RUN, "file": "texts.jsonl", "texts": 3, "cost": COST}
+    assert made.model_copy(update={"generated": None}) == said
+    assert "costs nothing" in markdown(made)
+    assert prove(made, books).valid
+
+
+def test_what_is_said_to_be_checked_is_of_this_run(books, tmp_path):
+    def how(check, **more):
+        (found,) = (one.how for one in said_of(books, **more).checks if one.check == check)
+        return found
+
+    public = JOB.with_values({"evaluation": {"on": "public", "source": str(tmp_path / "public.csv")}})
+    assert how("what is called public is nobody's secret") == "nothing is"
+    assert "no whole source" in how("what is called public is nobody's secret", job=public)
+    assert how("what ran is what was reserved").startswith("σ, q, steps")
+    assert how("what ran is what was reserved", mode="select").startswith("no candidate costs more")
+    assert "how many candidates" not in " ".join(said_of(books).withheld)
+    assert "how many candidates" in " ".join(said_of(books, mode="select").withheld)
 
 
 def test_public_data_is_named_with_its_content(books, tmp_path):
