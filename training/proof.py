@@ -243,7 +243,7 @@ def _trained(said: Statement, told: _Told | None) -> Iterator[Finding]:
     ):
         given = getattr(training, name)
         yield Finding(f"training.{name}", given == ledger, given, ledger)
-    batch = step.sample_rate * units
+    batch = round(step.sample_rate * units, 6)
     yield Finding("training.expected_batch_size", rate == step.sample_rate, training.expected_batch_size, batch)
 
 

@@ -67,8 +67,8 @@ def _show(said: Statement, screen: Screen) -> None:
     for part in said.partitions:
         screen.say(
             f"  {part.account}: ε of this run {epsilon_text(part.epsilon_of_run)}, "
-            f"{share(part.spent_cost, part.budget_cost)} of the budget spent by all when it left, {len(part.charges)} "
-            f"charges, head {part.head.seq}:{part.head.hash}",
+            f"{share(part.spent_cost, part.budget_cost)} of the budget spent by all when it left, "
+            f"head {part.head.seq}:{part.head.hash}",
             markup=False,
         )
     if figure := in_words(said.released.metrics):
