@@ -25,6 +25,7 @@ from cluster.commands import Elsewhere, Json, Server
 from cluster.errors import PurserError, Refused, UsageError, without_content
 from cluster.screen import Screen
 from cluster.service import open_desk
+from training.commands import releases
 
 app = typer.Typer(
     help="Private training and tuning under one enforced (ε, δ).",
@@ -36,6 +37,7 @@ budget = typer.Typer(help="The books: accounts and everything they were charged.
 app.add_typer(budget, name="budget")
 app.add_typer(commands.accountant, name="accountant")
 app.add_typer(commands.jobs)
+app.add_typer(releases)
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A job file, such as infra/jobs/digits.yaml.")]
 OptionalJob = Annotated[Path | None, typer.Argument(metavar="JOB", help="A job file; not with --resume.")]
@@ -46,10 +48,6 @@ AccountName = Annotated[str, typer.Argument(metavar="ACCOUNT", help="digits/trai
 Name = Annotated[
     str | None, typer.Option(metavar="NAME", help="What it is called; the same job under the same name goes on.")
 ]
-Base = Annotated[
-    str | None, typer.Option(metavar="MODEL", help="The model that an adapter is for, if not where its job had it.")
-]
-PUBLIC = "These texts must be nobody's secret; all that is checked is that they are no whole source of this ledger."
 
 
 def main() -> None:
@@ -226,70 +224,6 @@ def audit(
     for line in audit_table(result):
         screen.say(line)
     screen.say(f"Next: purser report {run}")
-    screen.result(result)
-
-
-@app.command()
-def generate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run or sweep by its name, or a release folder.")],
-    prompts: Annotated[Path, typer.Option(metavar="FILE", help="Public prompts: CSV, TSV, JSON lines or Parquet.")],
-    count: Annotated[int, typer.Option(metavar="N", help="Texts for each prompt.")] = 1,
-    column: Annotated[str, typer.Option(metavar="COL", help="The column that holds the prompts.")] = "prompt",
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="The length of a text, at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="Below 1 more of the likely, above less; 0 is greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Of the words, only the likeliest of this probability.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(metavar="WORD", help="Ends a text; may be repeated.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Draws the same texts again; it reaches nothing private.")] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="A .jsonl or .parquet file; none is overwritten.")] = Path(
-        "generated.jsonl"
-    ),
-    base: Base = None,
-    as_json: Json = False,
-) -> None:
-    """Synthetic text from a released language model, after public prompts; costs nothing."""
-    from training.generate import ENDINGS, Sampling
-    from training.generate import generate as write
-    from training.prompts import read_prompts
-    from training.released import check_out, released
-
-    screen = Screen(as_json)
-    how = Sampling(count, max_new_tokens, temperature, top_p, tuple(stop or ()), seed)
-    check_out(out, ENDINGS)
-    source, books = released(run), _books()
-    screen.say(f"Ledger {books.place}")
-    texts = read_prompts(prompts, column, source, books)
-    screen.say(PUBLIC)
-    result = write(source, texts, how, out, screen, base)
-    screen.say(f"Wrote {result['out']}, and beside it {result['statement']}", markup=False)
-    screen.result(result)
-
-
-@app.command()
-def embed(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run or sweep by its name, or a release folder.")],
-    texts: Annotated[Path, typer.Option(metavar="FILE", help="Public texts: CSV, TSV, JSON lines or Parquet.")],
-    column: Annotated[str, typer.Option(metavar="COL", help="The column that holds the texts.")] = "text",
-    max_length: Annotated[int, typer.Option(metavar="N", help="Tokens of a text that are read.")] = 128,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="A .parquet file; none is overwritten.")] = Path(
-        "embeddings.parquet"
-    ),
-    base: Base = None,
-    as_json: Json = False,
-) -> None:
-    """Vectors of public texts by a released language model; costs nothing."""
-    from training.embed import ENDINGS
-    from training.embed import embed as write
-    from training.prompts import read_prompts
-    from training.released import check_out, released
-
-    screen = Screen(as_json)
-    check_out(out, ENDINGS)
-    source, books = released(run), _books()
-    screen.say(f"Ledger {books.place}")
-    public = read_prompts(texts, column, source, books, "--texts")
-    screen.say(PUBLIC)
-    result = write(source, public, max_length, out, screen, base)
-    screen.say(f"Wrote {result['out']}, and beside it {result['statement']}", markup=False)
     screen.result(result)
 
 

@@ -31,7 +31,8 @@ training:
 evaluation: {metric: loss, loss_bound: 8.0}
 """
 LEAVES = {
-    *("README.md", "statement.json", "statement.md", "adapter_config.json", "adapter_model.safetensors"),
+    *("README.md", "statement.html", "statement.json", "statement.md"),
+    *("adapter_config.json", "adapter_model.safetensors"),
     *("tokenizer.json", "tokenizer_config.json", "base/config.json", "base/generation_config.json"),
     "base/model.safetensors",
 }

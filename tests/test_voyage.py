@@ -145,7 +145,8 @@ def test_the_release_is_whole_and_its_statement_true(voyage, monkeypatch):
 
     purser, first, _, _ = voyage
     release = Path(next(line for line in first.out.splitlines() if "Released: " in line).rpartition("Released: ")[2])
-    assert sorted(path.name for path in release.iterdir()) == ["statement.json", "statement.md", "weights.safetensors"]
+    written = ["statement.html", "statement.json", "statement.md", "weights.safetensors"]
+    assert sorted(path.name for path in release.iterdir()) == written
     said = json.loads((release / "statement.json").read_text())
     entries = purser("budget", "history", "digits/train", "--json").json["entries"]
     charges = said["partitions"][0]["charges"]
@@ -153,7 +154,13 @@ def test_the_release_is_whole_and_its_statement_true(voyage, monkeypatch):
     assert {charge["hash"] for charge in charges} <= {entry["hash"] for entry in entries}
     head = said["partitions"][0]["head"]
     assert purser("budget", "verify", "digits/train", "--head", f"{head['seq']}:{head['hash']}").code == 0
-    assert f"{head['seq']}:{head['hash']}" in (release / "statement.md").read_text()
+    for name in ("statement.md", "statement.html"):
+        assert f"{head['seq']}:{head['hash']}" in (release / name).read_text()
+    proven = purser("report", release.parent.name, "--verify", release / "statement.json", "--json")
+    assert (proven.code, proven.json["valid"]) == (0, True), proven.err
+    said["training"]["noise_multiplier"] *= 2
+    (purser.folder / "edited.json").write_text(json.dumps(said))
+    assert purser("report", release.parent.name, "--verify", purser.folder / "edited.json").code == 1
 
     job = load(SweepJob, DIGITS)
     books = Books(Ledger(f"sqlite:///{purser.home}/ledger.db"))

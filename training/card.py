@@ -9,19 +9,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from training.metrics import in_words
+from training.rendering import opening
+from training.statement import Statement
 
 CARD = "README.md"
 _CLASSES = {"causal-lm": "AutoModelForCausalLM", "sequence-classification": "AutoModelForSequenceClassification"}
 _TASKS = {"causal-lm": "text-generation", "sequence-classification": "text-classification"}
 
 
-def markdown(said: Mapping[str, Any]) -> str:
+def markdown(said: Statement) -> str:
     """The card of the release that the statement `said` is of."""
-    model, protected, guarantee = said["training"]["model"], said["protected"], said["guarantee"]
-    unit = "record (row)" if protected["unit"] == "row" else protected["unit"]
-    adapter = said["released"]["target"] == "adapter"
+    model, labels = said.training.model, said.training.labels or ()
+    adapter = said.released.target == "adapter"
     made_here = model["path"].startswith("tiny:")
-    metrics, labels = said["released"]["metrics"], said["training"].get("labels", [])
+    metrics = said.released.metrics
     what = "A LoRA adapter" if adapter else "The weights of a model"
     if "lora" in model and not adapter:
         what += ", into which its LoRA adapter is merged,"
@@ -36,10 +37,10 @@ def markdown(said: Mapping[str, Any]) -> str:
         *(["- lora"] if adapter else []),
         "---",
         "",
-        f"# {said['run']}",
+        f"# {said.run}",
         "",
         f"{what} for {_TASKS[model['kind']].replace('-', ' ')} ({model['kind']}), trained by "
-        f"{said['training']['mechanism']} from {model['path']}{of_purser}.",
+        f"{said.training.mechanism} from {model['path']}{of_purser}.",
         "",
         "## How to load it",
         "",
@@ -54,16 +55,14 @@ def markdown(said: Mapping[str, Any]) -> str:
         *([f"Its labels, in order: {', '.join(labels)}.", ""] if labels else []),
         "## Privacy",
         "",
-        f"Each {unit} of the dataset **{protected['dataset']}** is protected by ({guarantee['epsilon']:g}, "
-        f"{guarantee['delta']:g})-differential privacy for {guarantee['scope']}. Neighbouring datasets differ by "
-        f"{protected['adjacency']}. What that rests on, what it cost and what is not covered is in `statement.md`, for "
-        "machines in `statement.json`.",
+        f"{opening(said)} Neighbouring datasets differ by {said.protected.adjacency}. What that rests on, what it cost "
+        "and what is not covered is in `statement.md` and `statement.html`, for machines in `statement.json`.",
         "",
-        f"Public data used: {said['public_data']}.",
+        f"Public data used: {said.public_data}.",
         "",
         "## Figures",
         "",
-        f"{in_words(metrics)} ({said['evaluation']['figure']}; {said['evaluation']['error']}).".capitalize()
+        f"{in_words(metrics)} ({said.evaluation.figure}; {said.evaluation.error}).".capitalize()
         if metrics
         else "None was released.",
         "",

@@ -28,6 +28,7 @@ from training.config import Job
 from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Outcome, charged, train
 from training.folder import marked, opened
 from training.metrics import by_group, in_words
+from training.statement import statement
 
 
 def run(
@@ -94,7 +95,7 @@ def run(
     result |= {"status": outcome.status, "authorised_steps": cost.steps, "epsilon_of_run": cost.epsilon}
     result |= {"metrics": outcome.metrics, "rungs": release.kept_rungs(folder), "why": outcome.why}
     if outcome.status in (COMPLETED, STOPPED) and release.left(folder).exists():
-        said = release.statement(job, name, cost.accounts, cost.entries, outcome.metrics, "none in this run.")
+        said = statement(job, name, cost.accounts, cost.entries, outcome.metrics, "none in this run.")
         result["release"] = str(release.write_release(folder, release.left(folder), said))
     _conclude(screen, outcome, result, bool(job.audit.canaries))
     alive.release()

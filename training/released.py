@@ -18,13 +18,13 @@ from cluster.errors import UsageError, without_content
 from cluster.files import write_whole
 from cluster.screen import Screen
 from training.folder import JOB
+from training.release import STATEMENT
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from torch import nn
     from transformers import PreTrainedTokenizerFast
 
-STATEMENT = "statement.json"
 ADAPTER = "adapter_config.json"
 COST = "post-processing of what was released: costs nothing, and the guarantee above holds for it"
 

@@ -21,6 +21,7 @@ from training.admission import admit, what_would_fit
 from training.command import greet, progress
 from training.driver import COMPLETED, FAILED, REFUSED, STOPPED, Outcome, charged, prepared_for
 from training.folder import opened
+from training.statement import Statement, statement
 from tuning.config import SweepJob, cheapest
 from tuning.display import sweep_table
 from tuning.final import Final
@@ -246,7 +247,7 @@ def _said(trial: Trial) -> dict[str, Any]:
     }
 
 
-def _statement(name: str, trials: list[Trial], best: Trial, leaves: Trial) -> dict[str, Any]:
+def _statement(name: str, trials: list[Trial], best: Trial, leaves: Trial) -> Statement:
     """Of what leaves: the best trial's model, or that of the final run."""
     assert leaves.charges is not None
     ran = sum(trial.charges is not None and trial.charges.steps > 0 for trial in trials)
@@ -263,6 +264,5 @@ def _statement(name: str, trials: list[Trial], best: Trial, leaves: Trial) -> di
     chosen += " and every evaluation on private records was charged to the same accounts."
     if leaves.outcome.rung:
         chosen += f" It was {leaves.outcome.why}, and is what it was then."
-    return release.statement(
-        leaves.job, leaves.lease, leaves.charges.accounts, leaves.charges.entries, leaves.outcome.metrics, chosen
-    )
+    paid, metrics = leaves.charges, leaves.outcome.metrics
+    return statement(leaves.job, leaves.lease, paid.accounts, paid.entries, metrics, chosen, "filter")

@@ -1,8 +1,7 @@
 """The report of a sweep: one HTML page that a browser shows without network and a printer prints.
 
 A pure function of public facts: candidates as declared, charges and heads as the ledger has them, noised metrics by
-name (any other is left out, whoever put it there: P13). It decides nothing, and every ε is the books' own (P14). The
-page holds no script and nothing from elsewhere.
+name (any other is left out, whoever put it there: P13). It decides nothing, and every ε is the books' own (P14).
 """
 
 from __future__ import annotations
@@ -20,19 +19,18 @@ from cluster.accounting.books import Account
 from cluster.accounting.costs import epsilon_text
 from cluster.errors import PurserError
 from cluster.files import write_whole
-from training.metrics import by_group, figure, in_words
-from training.release import EXCLUDED, LIBRARIES
-from tuning.page import STYLE, Markup, Point, chart, definitions, headed, items, table, tag
+from training.claims import EXCLUDED
+from training.metrics import figure, in_words
+from training.page import Markup, Point, chart, definitions, headed, items, table, tag, whole
+from training.rendering import exact, section, share, unit_of, words
+from training.reporting import REPORT
+from training.statement import LIBRARIES
 
 if TYPE_CHECKING:
+    from training.statement import Statement
     from tuning.trials import Trial
 
-REPORT = "report.html"  # in a sweep's folder
 _NONE = "–"
-_PLACED = (  # keys of a statement that have a place of their own on the page
-    *("schema", "run", "made_at", "protected", "guarantee", "released", "accounting", "training", "tuning"),
-    *("partitions", "excluded", "evaluation"),
-)
 
 
 def write_report(folder: Path, page: str) -> Path:
@@ -46,7 +44,7 @@ def sweep_report(
     after: Sequence[Account],
     trials: Sequence[Trial],
     best: Trial | None,
-    statement: Mapping[str, Any] | None = None,
+    statement: Statement | None = None,
     why: str = "",
     final: Trial | None = None,
     selection: Sequence[tuple[str, object]] = (),
@@ -59,7 +57,7 @@ def sweep_report(
         after: the same accounts as they stand now, read after the trials' charges were.
         trials: every candidate, with `charges` where the ledger knows its lease.
         best: the one that was released, or None.
-        statement: what `training.release.statement` said of it, or None.
+        statement: what is said of its privacy, or None.
         why: a sentence on why trials did not run, or empty.
         final: the final run of the best, where there is one.
         selection: for select mode, the facts of the selection in place of any trial's: `trials` then is what was paid
@@ -71,8 +69,8 @@ def sweep_report(
     shown = [*trials, final] if final else list(trials)
     splits = [_split(old, new, shown) for old, new in zip(before, after, strict=True)]
     train = after[0]
-    body = (
-        tag("h1", "Privacy report of sweep ", name),
+    return whole(
+        f"Privacy report of sweep {name}",
         *_summary(train, trials, best, splits, why, bool(selection)),
         tag("p", _promise(train), class_="promise"),
         headed("Budget", *(_account(*one) for one in zip(before, after, splits, strict=True))),
@@ -81,38 +79,9 @@ def sweep_report(
         "" if selection else headed("Trials", _trials(after, shown, best), _shared(trials)),
         headed("Privacy statement of the released model", *_statement(statement)),
         headed("The ledger’s heads", *_heads(before, after)),
-        headed("Not covered", items(f"{line}." for line in (statement or {}).get("excluded", EXCLUDED))),
-        headed("Libraries", tag("p", _words(_libraries(statement)), ".")),
+        headed("Not covered", items(f"{line}." for line in (statement.excluded if statement else EXCLUDED))),
+        headed("Libraries", tag("p", words(_libraries(statement)), ".")),
     )
-    # Even if something did slip through unescaped, a browser would neither run nor fetch it.
-    policy = tag("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'")
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        policy,
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"Privacy report of sweep {name}"),
-        tag("style", Markup(STYLE)),
-    )
-    return "<!DOCTYPE html>\n" + tag("html", head, tag("body", tag("main", *body)), lang="en") + "\n"
-
-
-def _words(value: object) -> str:
-    """A value of a job or a statement, in words."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{str(key).replace('_', ' ')} {_words(one)}" for key, one in value.items())
-    if isinstance(value, (list, tuple)):
-        return "; ".join(map(_words, value))
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _exact(number: float) -> str:
-    """A granted ε or δ, to the last digit: rounding could understate it."""
-    return repr(number).removesuffix(".0")
-
-
-def _share(cost: int, budget: int) -> str:
-    return "<0.1%" if 0 < cost / budget < 0.0005 else f"{cost / budget:.1%}"
 
 
 @dataclass(frozen=True)
@@ -141,10 +110,6 @@ def _split(before: Account, after: Account, trials: Sequence[Trial]) -> _Split:
     return _Split(elsewhere, mine, others, after.reserved_cost, after.remaining_cost, resumed)
 
 
-def _unit(account: Account) -> str:
-    return "record (row)" if account.dataset.unit == "row" else account.dataset.unit
-
-
 def _best(best: Trial) -> str:
     """What was released of the best, with what its error bar means. By name: no other metric is shown."""
     return f"{in_words(best.outcome.metrics) or _NONE} ({best.job.evaluation.error})."
@@ -153,7 +118,7 @@ def _best(best: Trial) -> str:
 def _summary(
     train: Account, trials: Sequence[Trial], best: Trial | None, splits: Sequence[_Split], why: str, selection: bool
 ) -> list[Markup]:
-    spent = f"This sweep spent {_share(splits[0].mine, train.budget_cost)} of the budget of {train.account}."
+    spent = f"This sweep spent {share(splits[0].mine, train.budget_cost)} of the budget of {train.account}."
     if selection:
         nothing = "Nothing is released, as may happen by chance."
         found = f"Best: {_best(best)}" if best else nothing
@@ -171,7 +136,7 @@ def _summary(
 
 
 def _promise(train: Account) -> str:
-    epsilon, delta, unit = _exact(train.epsilon), _exact(train.delta), _unit(train)
+    epsilon, delta, unit = exact(train.epsilon), exact(train.delta), unit_of(train.dataset.unit)
     factor = f"{math.floor(math.exp(train.epsilon) * 100 + 1) / 100:,.2f} (e^ε)" if train.epsilon < 10 else "e^ε"
     return (
         f"What is guaranteed: everything ever released from dataset {train.dataset.name} through this ledger, every "
@@ -192,7 +157,7 @@ def _account(before: Account, after: Account, split: _Split) -> Markup:
         ("left", "left", split.left),
     ]
     shown = [part for part in parts if part[2] or part[0] in ("mine", "left")]
-    said = [f"{label} {_share(cost, budget)}" for _, label, cost in shown]
+    said = [f"{label} {share(cost, budget)}" for _, label, cost in shown]
     bar, at = [], 0
     for kind, _, cost in shown:
         place = {"x": f"{1000 * at / budget:.3f}", "width": f"{1000 * cost / budget:.3f}"}
@@ -201,7 +166,7 @@ def _account(before: Account, after: Account, split: _Split) -> Markup:
     swatch = [tag("svg", tag("rect", class_=kind, width=8, height=8), viewBox="0 0 8 8") for kind, _, _ in shown]
     legend = (tag("span", mark, text) for mark, text in zip(swatch, said, strict=True))
     rows = [
-        [word, *(_share(getattr(account, field), budget) for account in (before, after))]
+        [word, *(share(getattr(account, field), budget) for account in (before, after))]
         for word, field in (("spent", "spent_cost"), ("reserved", "reserved_cost"), ("left", "remaining_cost"))
     ]
     so_far = [epsilon_text(account.epsilon_of(account.spent_cost)) for account in (before, after)]
@@ -210,11 +175,11 @@ def _account(before: Account, after: Account, split: _Split) -> Markup:
         f"alone {epsilon_text(after.epsilon_of(split.mine))}. Indicative figures do not add up: the budget bounds all."
     )
     if split.resumed:
-        alone += f" The sweep was resumed; {_share(split.resumed, budget)} of the budget it had spent before that."
+        alone += f" The sweep was resumed; {share(split.resumed, budget)} of the budget it had spent before that."
     return tag(
         "section",
         tag("h3", after.account),
-        tag("p", f"Budget: ε = {_exact(after.epsilon)}, δ = {_exact(after.delta)}, order {after.order}", class_="soft"),
+        tag("p", f"Budget: ε = {exact(after.epsilon)}, δ = {exact(after.delta)}, order {after.order}", class_="soft"),
         tag(
             "svg",
             *bar,
@@ -236,8 +201,9 @@ def _figure(trials: Sequence[Trial], best: Trial | None, train: Account) -> Mark
     for trial in trials:
         if (found := figure(trial.outcome.metrics)) and trial.charges:
             cost, most = trial.charges.cost, trial.job.evaluation.most
-            share = cost / train.budget_cost
-            points.append(Point(trial.number, cost, share, found.value, found.error, trial is best, most))
+            points.append(
+                Point(trial.number, cost, cost / train.budget_cost, found.value, found.error, trial is best, most)
+            )
     if not points:
         return tag("p", "No trial released a metric, so there is nothing to draw.")
     evaluation = trials[0].job.evaluation
@@ -272,7 +238,7 @@ def _trials(accounts: Sequence[Account], trials: Sequence[Trial], best: Trial | 
                 *(_value(trial.values.get(name, _NONE)) for name in names),
                 Markup(tag("span", status, **colour) + (tag("small", why) if why else "")),
                 f"{trial.charges.steps if trial.charges else 0} of {trial.job.training.steps}",
-                *(_share(cost, account.budget_cost) for cost, account in zip(spent, accounts, strict=True)),
+                *(share(cost, account.budget_cost) for cost, account in zip(spent, accounts, strict=True)),
                 tag("span", str(figure(trial.outcome.metrics) or _NONE), class_="whole"),
             ]
         )
@@ -283,7 +249,7 @@ def _trials(accounts: Sequence[Account], trials: Sequence[Trial], best: Trial | 
 
 def _value(value: object) -> object:
     """A searched value; where it is rounded, the whole of it shows on pointing at it."""
-    said = _words(value)
+    said = words(value)
     return tag("span", said, title=value) if isinstance(value, float) and float(said) != value else said
 
 
@@ -298,7 +264,7 @@ def _shared(trials: Sequence[Trial]) -> Markup:
         mode="json", include={"model", "training", "evaluation"}, exclude={"evaluation": idle}, exclude_none=True
     )
     flat = dict(_flat("", declared))
-    same = (f"{name} {_words(value)}" for name, value in flat.items() if name not in trials[0].values)
+    same = (f"{name} {words(value)}" for name, value in flat.items() if name not in trials[0].values)
     return tag("p", tag("small", "The same in every trial: ", "; ".join(same), "."))
 
 
@@ -310,61 +276,10 @@ def _flat(prefix: str, section: Mapping[str, Any]) -> Iterable[tuple[str, object
             yield f"{prefix}{name}", value
 
 
-def _statement(said: Mapping[str, Any] | None) -> list[Markup]:
-    """The statement's facts in its own words; what it may get in future is shown under its key."""
+def _statement(said: Statement | None) -> list[Markup]:
     if said is None:
         return [tag("p", "Nothing was released by this sweep, so there is no statement.")]
-    protected, guarantee, released, accounting, judged = (
-        said[key] for key in ("protected", "guarantee", "released", "accounting", "evaluation")
-    )
-    unit = "record (row)" if protected["unit"] == "row" else protected["unit"]
-    opening = (
-        f"Each {unit} of the dataset {protected['dataset']} is protected by ({_exact(guarantee['epsilon'])}, "
-        f"{_exact(guarantee['delta'])})-differential privacy for {guarantee['scope']}."
-    )
-    facts: list[tuple[str, object]] = [
-        ("run", said["run"]),
-        ("made at", said["made_at"]),
-        ("neighbouring datasets", f"differ by {protected['adjacency']}"),
-        ("records of a unit", f"at most {protected['max_records_per_unit']} are used"),
-        ("units declared", protected["declared_units"]),
-        ("released", f"the {released['target']} in {released['file']}"),
-        (judged["figure"], f"{figure(released['metrics']) or _NONE} ({judged['error']})"),
-        *((f"{judged['figure']}, of a group", line) for line in by_group(released["metrics"])),
-        ("tuning", said["tuning"]),
-        *((f"accounting: {key}", _words(value)) for key, value in accounting.items() if key != "libraries"),
-        *((key.replace("_", " "), _words(value)) for key, value in said["training"].items()),
-        *((key.replace("_", " "), _words(value)) for key, value in said.items() if key not in _PLACED),
-    ]
-    parts = [
-        [
-            part["account"],
-            _exact(part["epsilon"]),
-            _exact(part["delta"]),
-            part["order"],
-            epsilon_text(part["epsilon_of_run"]),
-            _share(part["spent_cost"], part["budget_cost"]),
-            tag("code", f"{part['head']['seq']}:{part['head']['hash']}"),
-        ]
-        for part in said["partitions"]
-    ]
-    charges = [
-        [part["account"], charge["seq"], charge["steps"], f"{charge['cost']:,}", tag("code", charge["hash"][:16], "…")]
-        for part in said["partitions"]
-        for charge in part["charges"]
-    ]
-    return [
-        tag("p", opening),
-        definitions(facts),
-        table(["account", "budget ε", "δ", "order", "ε of this run", "spent of the budget", "ledger head"], parts),
-        tag(
-            "p",
-            "A unit is in one partition only, so the guarantee of the two accounts together is that of one. The ε of "
-            "this run alone may not be added to that of others: the budget is what bounds them all.",
-        ),
-        tag("h3", "Charges of this run"),
-        table(["account", "entry", "steps", "cost (1e-12 RDP)", "hash"], charges),
-    ]
+    return section(said)
 
 
 def _heads(before: Sequence[Account], after: Sequence[Account]) -> list[Markup]:
@@ -380,8 +295,7 @@ def _heads(before: Sequence[Account], after: Sequence[Account]) -> list[Markup]:
     return [table(["account", "before", "after"], rows), tag("p", kept), items(checks)]
 
 
-def _libraries(said: Mapping[str, Any] | None) -> Mapping[str, str]:
+def _libraries(said: Statement | None) -> Mapping[str, str]:
     if said is not None:
-        found: Mapping[str, str] = said["accounting"]["libraries"]
-        return found
+        return said.accounting.libraries
     return {name: importlib.metadata.version(name) for name in LIBRARIES}

@@ -30,6 +30,7 @@ from training.config import Job
 from training.driver import COMPLETED, FAILED, REFUSED, Charged, Outcome, charged, group_trainer, prepared_for, reason
 from training.folder import marked, opened
 from training.metrics import in_words
+from training.statement import statement
 from tuning.config import SweepJob
 from tuning.plan import make, planned
 from tuning.report import sweep_report, write_report
@@ -263,7 +264,10 @@ def _release(
     else:
         metrics = winner.metrics
         whole.outcome = Outcome(COMPLETED, metrics)
-        said = release.statement(whole.job, lease, paid.accounts, paid.entries, metrics, _sentence(job, name))
+        reserved = job.selection(before[0].order)
+        said = statement(
+            whole.job, lease, paid.accounts, paid.entries, metrics, _sentence(job, name), "select", reserved
+        )
         where = str(release.write_release(folder, release.left(folder), said))
         screen.say(f"Best: {in_words(metrics)}. Released: {where}")
     best = whole if winner.metrics is not None else None

@@ -30,7 +30,8 @@ from training.engine.trainer import PrivateTrainer, fixed_state
 from training.evaluation import PublicRecords, exact
 from training.jobfile import load, override, parse
 from training.models import rehearsed
-from training.release import LEAVING, left, statement, write_model, write_release
+from training.release import LEAVING, left, write_model, write_release
+from training.statement import statement
 from training.tokens import encode, tokenizer_of
 from tuning.config import SweepJob
 
@@ -206,7 +207,7 @@ def test_every_release_loads_in_a_fresh_process(releases, tmp_path):
 def test_a_release_holds_nothing_else(kind, releases):
     job, _, release = releases[kind]
     files = {str(path.relative_to(release)) for path in release.rglob("*") if path.is_file()}
-    ours = {"README.md", "statement.json", "statement.md"}
+    ours = {"README.md", "statement.html", "statement.json", "statement.md"}
     assert files <= {*LEAVING, *ours}
     said = json.loads((release / "statement.json").read_text())
     assert {*ours, said["released"]["file"], "tokenizer.json"} <= files

@@ -18,11 +18,13 @@ import pytest
 from cluster.accounting.books import Account, Dataset
 from cluster.accounting.costs import budget_cost, epsilon_of
 from cluster.errors import PurserError
+from training import page as markup
+from training.claims import EXCLUDED
 from training.config import Evaluation, Job
 from training.driver import Charged, Outcome
 from training.jobfile import parse
-from training.release import EXCLUDED, statement
-from tuning import page, report
+from training.statement import statement
+from tuning import report
 from tuning.report import sweep_report, write_report
 from tuning.trials import Trial
 
@@ -322,13 +324,24 @@ def hostile_page(text):
     ]
     before = accounts(name=text, unit=text)
     after = [replace(a, spent_cost=spent_by(trials[:1], a.account), head={"seq": 99, "hash": text}) for a in before]
-    entries = {name: [{**e, "hash": text} for e in rows] for name, rows in trials[0].charges.entries.items()}
-    said = statement(trials[0].job, text, after, entries, trials[0].outcome.metrics, text)
-    said = {**said, text: {text: [text]}, "excluded": [text]}
-    said["protected"] = {**said["protected"], "dataset": text, "unit": text, "adjacency": text}
-    said["accounting"] = {**said["accounting"], "method": text, "libraries": {text: text}}
-    said["released"] = {**said["released"], "target": text, "file": text}
-    said["training"] = {**said["training"], text: text, "model": {text: text}}
+    said = statement(trials[0].job, NAME, after, trials[0].charges.entries, trials[0].outcome.metrics, text)
+
+    def changed(part, **fields):
+        return part.model_copy(update=fields)
+
+    said = changed(
+        said,
+        run=text,
+        excluded=(text,),
+        audits=({text: [text]},),
+        protected=changed(said.protected, dataset=text, unit=text, adjacency=text),
+        accounting=changed(said.accounting, method=text, libraries={text: text}),
+        released=changed(said.released, target=text, file=text),
+        training=changed(said.training, optimizer={text: text}, model={text: text}),
+        partitions=tuple(
+            changed(one, charges=tuple(changed(charge, hash=text) for charge in one.charges)) for one in said.partitions
+        ),
+    )
     return sweep_report(text, before, after, trials, trials[0], said, text)
 
 
@@ -346,7 +359,7 @@ def test_hostile_texts_stay_texts():
 
 
 def test_a_text_that_becomes_markup_is_seen(monkeypatch):
-    monkeypatch.setattr(page, "_escaped", str)
+    monkeypatch.setattr(markup, "_escaped", str)
     with pytest.raises(AssertionError):
         test_hostile_texts_stay_texts()
 
@@ -602,13 +615,12 @@ def test_the_statement_of_the_release_is_in_the_page():
         assert row["hash"] == entry["hash"][:16] + "…"
 
 
-def test_what_a_statement_may_get_in_future_is_not_lost():
+def test_the_audits_of_a_release_are_in_the_page():
     trials = sweep()
     said = statement(JOB, NAME, accounts(), trials[0].charges.entries, trials[0].outcome.metrics, "none.")
-    page = page_of(trials, trials[0], said={**said, "selection": {"repetitions": "tnb", "mean": 8}})
-    assert "selection" in tree(page).text
-    assert "repetitions tnb, mean 8" in tree(page).text
-    assert "audits" in tree(page).text
+    page = page_of(trials, trials[0], said=said.model_copy(update={"audits": ({"kind": "other", "seen": 3},)}))
+    assert "kind other, seen 3" in tree(page).text
+    assert "No audit was made of this release." in tree(page_of(trials, trials[0], said=said)).text
 
 
 def test_heads_are_there_whole():

@@ -24,6 +24,8 @@ from cluster.errors import UsageError
 from cluster.screen import Screen
 from training.driver import COMPLETED, FAILED, Outcome
 from training.jobfile import load
+from training.proof import prove
+from training.statement import read
 from tuning import sealed as module
 from tuning import select
 from tuning.config import SweepJob
@@ -109,6 +111,9 @@ def test_the_winner_is_released_with_the_price_of_all(selected):
     assert result["trials"][0]["cost"] == books.show("digits/train").spent_cost
     said = json.loads((folder / "release" / "statement.json").read_text())
     assert "hidden" in said["tuning"]
+    assert said["mode"] == "select"
+    proof = prove(read(folder / "release" / "statement.json", "STATEMENT"), books)
+    assert proof.valid, [finding for finding in proof.findings if not finding.holds]
     assert said["partitions"][0]["cost_of_run"] == books.show("digits/train").spent_cost
     assert not (folder / "sealed").exists()
 

@@ -1,5 +1,7 @@
 """What a page is made of: markup, a chart, a style. Knows no trial and no budget.
 
+A page holds no script and nothing from elsewhere.
+
 Only `tag` makes markup, and it escapes whatever it did not make itself.
 """
 
@@ -130,8 +132,29 @@ def tag(element: str, /, *inside: object, **attributes: object) -> Markup:
 
 
 def _escaped(value: object) -> str:
-    """`value` as text in which nothing is markup, and nothing invisible turns or hides what stands around it."""
-    return html.escape("".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in str(value)))
+    """`value` as text in which nothing is markup; see `plain`."""
+    return html.escape(plain(value))
+
+
+def whole(title: str, *inside: object) -> str:
+    """A whole page under its `title`, which a browser shows without network and a printer prints."""
+    # Even if something did slip through unescaped, a browser would neither run nor fetch it.
+    policy = tag("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'")
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        policy,
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", title),
+        tag("style", Markup(STYLE)),
+    )
+    body = tag("body", tag("main", tag("h1", title), *inside))
+    return "<!DOCTYPE html>\n" + tag("html", head, body, lang="en") + "\n"
+
+
+def plain(value: object) -> str:
+    """`value` as text in which nothing invisible turns or hides what stands around it."""
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in str(value))
 
 
 def headed(title: str, *inside: object) -> Markup:
