@@ -122,7 +122,7 @@ def withheld(mode: Mode) -> tuple[str, ...]:
 def checks(job: Job, mode: Mode) -> Iterator[tuple[Layer, str, Result, str]]:
     """What was checked before anything of `job` left, by layers of NIST SP 800-226's pyramid."""
     public = "nothing is"
-    if job.evaluation.source is not None:
+    if job.evaluation.source is not None or job.audit.source is not None:
         public = "it is declared; no whole source of this ledger is"
     elif not job.model.made_here:
         public = "what the pretrained model has seen is its maker's word"

@@ -224,7 +224,7 @@ def _trained(said: Statement, told: _Told | None) -> Iterator[Finding]:
     data, charge = told.made["dataset"], told.charge
     selects = isinstance(charge.mechanism, RepeatAndSelect)
     yield Finding("mode", (said.mode == "select") == selects, said.mode, "select" if selects else "none or filter")
-    units = data["units"] * (1 - data["validation_fraction"])
+    units = data["units"] * (1 - data["validation_fraction"]) + (training.canaries or 0) / 2
     rate = training.expected_batch_size / units
     if isinstance(charge.mechanism, RepeatAndSelect):
         covered = _covered(charge.mechanism, training)

@@ -89,7 +89,8 @@ class Accounting(Part):
 
 
 class Trained(Part):
-    """How it was trained: σ, C, q, B and T as planned, the model, the optimizer."""
+    """How it was trained: σ, C, q, B and T as planned, the model, the optimizer, and canaries, half of them expected
+    among those that it learnt from."""
 
     mechanism: str
     noise_multiplier: float
@@ -97,6 +98,7 @@ class Trained(Part):
     sample_rate: float
     expected_batch_size: int
     planned_steps: int
+    canaries: int | None = None
     model: dict[str, Any]
     labels: tuple[str, ...] | None = None
     optimizer: dict[str, Any]
@@ -327,6 +329,7 @@ def _trained(job: Job) -> Trained:
         sample_rate=plan.sample_rate,
         expected_batch_size=plan.expected_batch_size,
         planned_steps=plan.steps,
+        canaries=job.audit.canaries or None,
         model=job.model.public().model_dump(mode="json", exclude_none=True),
         labels=label.categories if job.model.reads_text and label else None,
         optimizer=job.training.optimizer.model_dump(mode="json"),
@@ -342,17 +345,20 @@ def _libraries(job: Job) -> tuple[str, ...]:
 
 
 def _public_data(job: Job) -> str:
-    """What was taken to be public: weights that training began with, and the file on which the model was judged."""
+    """What was taken to be public: weights that training began with, and files on which the model was judged or from
+    which its canaries are."""
     public = []
     path = job.model.path
     if path is not None and not job.model.made_here:
         files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_absolute() else []
         content = "".join(f", {file.name} SHA-256 {_sha256(file)}" for file in files)
         public.append(f"the pretrained model {job.model.public().path}{content}, whose weights training began with")
-    if (source := job.evaluation.source) is not None:
-        # What has gone since has no content to name, and the model may leave all the same.
-        content = f" (SHA-256 {_sha256(Path(source))})" if Path(source).is_file() else ""
-        public.append(f"{Path(source).name}{content}, declared public by the job, on which the model was judged")
+    uses = (job.evaluation.source, "on which the model was judged"), (job.audit.source, "from which its canaries are")
+    for source, use in uses:
+        if source is not None:
+            # What has gone since has no content to name, and the model may leave all the same.
+            content = f" (SHA-256 {_sha256(Path(source))})" if Path(source).is_file() else ""
+            public.append(f"{Path(source).name}{content}, declared public by the job, {use}")
     return "; ".join(public) or "none"
 
 

@@ -24,6 +24,8 @@ from training.audit.plan import SCORES, Plan, plan
 from training.audit.power import power
 from training.config import Job
 from training.driver import COMPLETED, STOPPED, Outcome, charged
+from training.release import STATEMENT, write_statement
+from training.statement import read
 
 AUDIT = "audit.json"  # in a run's folder
 METHOD = "one run with canaries under fair coins (Steinke, Nasr and Jagielski 2023)"
@@ -32,7 +34,8 @@ CONTRADICTS = "contradicts the claim"
 
 
 def audit(run: str, job: Job, screen: Screen, shadows: int = 0) -> dict[str, Any]:
-    """Audit the finished `run` of `job`; returns the contract's keys, and keeps them in the run's folder.
+    """Audit the finished `run` of `job`; returns the contract's keys, keeps them in the run's folder, and puts them into
+    the statement of what it released.
 
     Args:
         shadows: how many shadow models to train for the offline likelihood-ratio attack; 0 leaves it out.
@@ -61,6 +64,9 @@ def audit(run: str, job: Job, screen: Screen, shadows: int = 0) -> dict[str, Any
     if shadows:
         result["membership"]["lira"] = _lira(job, canaries, seen["loss"], shadows, screen)
     write_whole(folder / AUDIT, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    if (folder / "release" / STATEMENT).exists():
+        said = read(folder / "release" / STATEMENT, "RUN")
+        write_statement(folder / "release", said.model_copy(update={"audits": (result,)}))
     return result
 
 
