@@ -143,8 +143,8 @@ def _auc_interval(auc: float, above: np.ndarray, below: np.ndarray, beta: float)
 
 
 def _rate(target: float, members: np.ndarray, others: np.ndarray, beta: float) -> Rate:
-    """`members` and `others` are sorted. 1e-9: 0.01 of 2,900 is 28.999999999999996 to a machine."""
-    allowed = math.floor(target * len(others) + 1e-9)
+    """Both sides are sorted."""
+    allowed = math.floor(target * len(others))  # either target is a little more than 1/1000 or 1/100 to a machine
     threshold = others[-1 - allowed]  # whoever lies above is called a member, whoever ties with it is not
     found, false = (int((side > threshold).sum()) for side in (members, others))
     return Rate(target, false, found / len(members), *clopper_pearson(found, len(members), beta))

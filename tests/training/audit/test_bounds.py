@@ -106,6 +106,14 @@ def test_bounds_are_where_the_formula_crosses(canaries, guesses, correct, delta)
     assert max(slow, 0.0) - 1e-5 <= one_run(canaries, guesses, correct, delta, BETA) <= max(slow, 0.0) + 1e-3
 
 
+@pytest.mark.parametrize(("guesses", "correct"), [(10, 10), (100, 75), (100, 100), (777, 500), (1000, 999)])
+def test_bounds_are_rounded_down(guesses, correct):
+    bound = one_run(1000, guesses, correct, DELTA, BETA)
+    assert bound == round(bound, 6)
+    at, above = (bounds._p_value(1000, guesses, correct, DELTA, e) for e in (bound, bound + 3e-6))
+    assert at <= BETA < above
+
+
 @pytest.mark.parametrize("delta", [0.0, 1e-5, 1e-3, 0.1])
 def test_p_values_grow_with_epsilon_up_to_the_bound(delta):
     """Else there would be an ε below the bound that is not refuted."""
@@ -189,6 +197,16 @@ def test_ties_do_not_know_the_answer(guesses):
     for guess, honest in ((guessed, True), (with_ties_by_membership, False)):
         same = guess(scores, inside, guesses) + guess(scores, ~inside, guesses) == guesses
         assert same if honest else not same
+
+
+@pytest.mark.parametrize("guesses", [1, 20, 501])
+def test_of_ties_the_earlier_is_the_lower(guesses):
+    rng = np.random.default_rng(8)
+    scores, inside = rng.integers(-1, 2, 1000) * 1.0, rng.random(1000) < 0.5
+    scores[scores == 0] *= rng.choice([-1, 1], (scores == 0).sum())  # 0.0 and -0.0 are equal, too
+    order = sorted(range(1000), key=lambda i: (scores[i], i))
+    expected = inside[order[1000 - guesses // 2 :]].sum() + (~inside)[order[: guesses - guesses // 2]].sum()
+    assert guessed(scores, inside, guesses) == expected
 
 
 def test_ties_by_membership_would_be_believed():

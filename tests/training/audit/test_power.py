@@ -43,6 +43,13 @@ def test_an_honest_run_is_not_contradicted_and_broken_ones_are():
         assert power(replace(DIGITS, noise_multiplier=noise), 1000, 100, DELTA, BETA, CLAIM) == 1
 
 
+def test_as_many_right_guesses_as_are_needed_are_enough():
+    """Without noise or sampling all are right, and all must be."""
+    assert needed(100, 10, 0.0, BETA, 1.0) == 10
+    assert power(Channel(1.0, 0.0, 1), 100, 10, 0.0, BETA, 1.0) == 1
+    assert power(Channel(1.0, 0.0, 1), 100, 10, 0.0, BETA, 1.1) == 0
+
+
 def test_power_is_the_binomial_s_where_all_are_guessed():
     """One step without sampling, scores N(in, σ²): the better half of 400 are called in. Against ε = 0 a run of much
     noise is contradicted with about β, and one of σ = 4 about as often as guesses that are right each for itself."""
@@ -77,11 +84,16 @@ def test_planned_guesses_are_even_and_no_more_than_there_are(canaries, epsilon):
 
 
 def test_the_plan_with_the_highest_power_against_a_tenth_of_the_noise_is_taken():
-    """A run whose tenth of noise is still much: the four plans differ in power."""
-    loud = Channel(0.25, 60.0, 80)
-    powers = {g: power(replace(loud, noise_multiplier=6.0), 1000, g, DELTA, BETA, 0.5) for g in (100, 200, 500, 1000)}
-    assert len(set(powers.values())) > 2
-    assert powers[planned_guesses(loud, 1000, DELTA, BETA, 0.5)] == max(powers.values())
+    """A run whose tenth of noise is still much: the four plans differ in power. By its own noise, which shows nothing,
+    another would be taken."""
+    loud, grid = Channel(0.25, 60.0, 80), (100, 200, 500, 1000)
+    own, tenth = (
+        {guesses: power(replace(loud, noise_multiplier=noise), 1000, guesses, DELTA, BETA, 0.1) for guesses in grid}
+        for noise in (60.0, 6.0)
+    )
+    planned = planned_guesses(loud, 1000, DELTA, BETA, 0.1)
+    assert tenth[planned] == max(tenth.values()) > min(tenth.values())
+    assert own[planned] < max(own.values())
 
 
 def test_of_equal_plans_the_smallest_that_can_exceed_the_claim_is_taken():
