@@ -34,8 +34,8 @@ CONTRADICTS = "contradicts the claim"
 
 
 def audit(run: str, job: Job, screen: Screen, shadows: int = 0) -> dict[str, Any]:
-    """Audit the finished `run` of `job`; returns the contract's keys, keeps them in the run's folder, and puts them into
-    the statement of what it released.
+    """Audit the finished `run` of `job`; returns the contract's keys, keeps them in the run's folder, and puts them
+    into the statement of what it released.
 
     Args:
         shadows: how many shadow models to train for the offline likelihood-ratio attack; 0 leaves it out.
