@@ -1,6 +1,7 @@
 """A language model's whole voyage with real Ray and DeepSpeed: people's exchanges are prepared, adapters trained in
-bf16 by a worker, judged on losses that are noised and charged, released as a folder that PEFT loads, and then free to
-write (P2, P13, P14). What one person wrote once, and nobody else, is in nothing that leaves."""
+bf16 by a worker, judged on losses that are noised and charged, released as a folder that PEFT loads, audited by its
+canaries, proven by the ledger, and then free to write (P2, P13, P14). What one person wrote once, and nobody else, is
+in nothing that leaves."""
 
 from __future__ import annotations
 
@@ -29,6 +30,7 @@ training:
   noise_multiplier: 2.0
   optimizer: {name: adam, learning_rate: 0.01}
 evaluation: {metric: loss, loss_bound: 8.0}
+audit: {canaries: 40}
 """
 LEAVES = {
     *("README.md", "statement.html", "statement.json", "statement.md"),
@@ -69,6 +71,16 @@ def test_a_model_of_people_s_talks_is_trained_released_and_writes(purser):
         assert (part["head"], part["spent_cost"]) == (shown["head"], shown["spent_cost"])
         assert sum(charge["cost"] for charge in part["charges"]) == shown["spent_cost"] > 0
         assert purser("budget", "verify", part["account"]).code == 0
+
+    audited = purser("audit", result["run"], "--json")
+    assert audited.code == 0, audited.err
+    assert (audited.json["kind"], audited.json["canaries"]) == ("rare-token", 40)
+    assert "contradict" in audited.json["verdict"]
+    assert 0 <= audited.json["exposure"]["mean_inside"] <= 8, "bits of 256 tokens"
+    assert said["audits"] == []
+    assert json.loads((release / "statement.json").read_text())["audits"] == [audited.json]
+    proven = purser("report", result["run"], "--verify", release / "statement.json", "--json")
+    assert (proven.code, proven.json["valid"]) == (0, True), proven.out
 
     (purser.folder / "prompts.jsonl").write_text('{"prompt": "Where is my order?"}\n')
     made = purser("generate", result["run"], "--prompts", "prompts.jsonl", "--max-new-tokens", "5", "--out", "o.jsonl")
