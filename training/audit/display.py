@@ -32,11 +32,13 @@ def audit_table(result: Mapping[str, Any]) -> Iterator[object]:
     yield table
     yield f"heuristic: {result['heuristic']}."
     needed = result["needed"]
+    enough = (
+        f"{needed} right guesses would contradict that" if needed else "no number of right guesses contradicts that"
+    )
+    yield f"Claimed of this run alone: ε ≤ {claim(result)} at δ = {result['delta']:g}; {enough}."
     yield (
-        f"Claimed of this run alone: ε ≤ {claim(result)} at δ = {result['delta']:g}. "
-        + (f"{needed} right guesses would contradict that" if needed else "No number of right guesses contradicts that")
-        + f"; of a run with a tenth of the noise {result['power']:.0%} would, if nothing else lay along a canary's "
-        "gradient."
+        f"With a tenth of its noise the run would be found out in {result['power']:.0%} of such audits, if nothing "
+        "else lay along a canary's gradient; less often where records are alike."
     )
     for name, one in result["membership"].items():
         if one is not None:
