@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 
 from cluster.errors import UsageError
-from training.config import Data, Feature, Job, Label, Model
+from training.config import Job
+from training.sections import Data, Feature, Label, Model
 
 DIGITS = "sklearn:digits"
 PIXELS = {f"pixel_{i}": Feature(range=(0.0, 16.0)) for i in range(64)}

@@ -17,8 +17,9 @@ import pyarrow as pa
 
 from cluster.errors import UsageError
 from training import tokens
-from training.config import Data, Feature, Groups, Job
+from training.config import Job
 from training.data import declared
+from training.sections import Data, Feature, Groups
 
 
 @dataclass(frozen=True)

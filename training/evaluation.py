@@ -16,9 +16,10 @@ from torch import nn
 
 from cluster.accounting.mechanisms import DiscreteGaussian
 from cluster.errors import PurserError
-from training.config import LOSS_PARTS, Evaluation, Job
+from training.config import Job
 from training.engine.objective import in_one_shape, logits_of, record_losses
 from training.engine.sampling import MicroBatch, Shard
+from training.sections import LOSS_PARTS, Evaluation
 
 
 @dataclass(frozen=True)

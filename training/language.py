@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cluster.errors import UsageError, without_content
-from training.config import Job, Lora, Model
+from training.config import Job
+from training.sections import Lora, Model
 from training.tokens import TINY, end_of, tokenizer_of
 
 if TYPE_CHECKING:

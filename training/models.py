@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from cluster.errors import UsageError
-from training.config import Job, Model
+from training.config import Job
 from training.data import declared, image_of
 from training.engine.rehearsal import Inputs, Rehearsal, rehearse
 from training.engine.stepper import Maker, TorchStepper
 from training.engine.trainer import PrivateTrainer
+from training.sections import Model
 
 
 def rehearsed(job: Job) -> tuple[PrivateTrainer, Rehearsal]:

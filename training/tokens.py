@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.errors import UsageError, without_content
-from training.config import Model, Text
+from training.sections import Model, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -19,7 +19,8 @@ from cluster.accounting.mechanisms import NOISE_MULTIPLIER_BOUNDS, STEPS_BOUNDS,
 from cluster.accounting.orders import selection_of
 from cluster.accounting.selection import POISSON
 from cluster.errors import UsageError
-from training.config import Count, Job, Section
+from training.config import Job
+from training.sections import Count, Section
 
 MOST_CORNERS = 256
 

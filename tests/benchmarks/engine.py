@@ -32,12 +32,12 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from tests.benchmarks import main
-from training.config import Optimizer
 from training.engine.objective import record_losses
 from training.engine.randomness import Keystream
 from training.engine.run import DPSGDRun
 from training.engine.sampling import MicroBatch
 from training.engine.trainer import PrivateTrainer, make_optimizer
+from training.sections import Optimizer
 
 warnings.filterwarnings("ignore")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

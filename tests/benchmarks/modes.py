@@ -52,13 +52,14 @@ from cluster.environment import HOME
 from cluster.errors import UsageError
 from tests.benchmarks import main
 from training import data, identity, sources
-from training.config import Evaluation, Job
+from training.config import Job
 from training.engine.sampling import Shard
 from training.engine.trainer import PrivateTrainer
 from training.evaluation import noised
 from training.jobfile import parse
 from training.models import build
 from training.preparation import prepare
+from training.sections import Evaluation
 from training.shards import Prepared
 from tuning.config import SweepJob
 

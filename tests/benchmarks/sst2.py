@@ -27,12 +27,13 @@ from cluster.accounting import orders
 from cluster.accounting.costs import budget_cost, least_noise
 from tests.benchmarks import main
 from training import language, tokens
-from training.config import Evaluation, Job
+from training.config import Job
 from training.engine.objective import record_losses
 from training.engine.sampling import MicroBatch, PoissonSampler, Shard, micro_batches
 from training.engine.trainer import PrivateTrainer, make_optimizer, rate_at
 from training.evaluation import PublicRecords, exact
 from training.jobfile import parse
+from training.sections import Evaluation
 
 SST2 = Path(__file__).resolve().parents[3] / "shared" / "data" / "sst2"
 LENGTH = 20  # tokens: nine in ten of such phrases are shorter

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from training.config import Model
+from training.sections import Model
 from training.tokens import tokenizer_of
 
 PROMPTS = ("Dear Ada,", "ä", "", "A much longer beginning of a text")

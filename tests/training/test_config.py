@@ -12,8 +12,9 @@ from product import DIGITS
 from cluster.accounting.costs import step_cost
 from cluster.accounting.mechanisms import DiscreteGaussian, PoissonSubsampledGaussian
 from cluster.errors import UsageError
-from training.config import LOSS_PARTS, Feature, Job
+from training.config import Job
 from training.jobfile import load, override, parse
+from training.sections import LOSS_PARTS, Feature
 from tuning.config import SweepJob
 
 JOB = """

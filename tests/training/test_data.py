@@ -7,7 +7,7 @@ from people import job_of
 
 from cluster.errors import UsageError
 from training import data
-from training.config import Data
+from training.sections import Data
 
 
 def declared(**facts):

@@ -16,9 +16,9 @@ from torch import nn
 from cluster.accounting.costs import step_cost
 from cluster.accounting.mechanisms import DiscreteGaussian
 from cluster.errors import PurserError
-from training.config import LOSS_PARTS, Evaluation, Groups
 from training.engine.sampling import Shard
 from training.evaluation import PublicRecords, exact, judged, noised
+from training.sections import LOSS_PARTS, Evaluation, Groups
 
 RARE = 2e-9  # the false-alarm rate of each statistical check below
 SCALE = 5.0

@@ -12,12 +12,12 @@ from people import job_of, prepared, table_of, text_job
 
 from cluster.errors import UsageError
 from training import preparation
-from training.config import Optimizer
 from training.engine.objective import IGNORED
 from training.engine.run import DPSGDRun
 from training.engine.sampling import PoissonSampler, Shard, micro_batches
 from training.engine.trainer import PrivateTrainer
 from training.evaluation import judged
+from training.sections import Optimizer
 from training.shards import Mapped, Prepared, public_shard
 
 pytestmark = pytest.mark.usefixtures("home")

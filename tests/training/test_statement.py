@@ -27,13 +27,13 @@ from cluster.accounting.verify import verify
 from cluster.errors import UsageError
 from training import page as markup
 from training.claims import EXCLUDED
-from training.config import Optimizer
 from training.engine.run import DPSGDRun
 from training.engine.trainer import PrivateTrainer
 from training.proof import prove
 from training.release import write_release, write_statement, write_weights
 from training.released import COST, Released, leave
 from training.rendering import audit, markdown, page
+from training.sections import Optimizer
 from training.statement import SCHEMA, WEIGHTS, Statement, read
 
 AUDIT = {

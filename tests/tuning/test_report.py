@@ -20,9 +20,10 @@ from cluster.accounting.costs import budget_cost, epsilon_of
 from cluster.errors import PurserError
 from training import page as markup
 from training.claims import EXCLUDED
-from training.config import Evaluation, Job
+from training.config import Job
 from training.driver import Charged, Outcome
 from training.jobfile import parse
+from training.sections import Evaluation
 from training.statement import statement
 from tuning import report
 from tuning.report import sweep_report, write_report

@@ -20,8 +20,9 @@ import numpy as np
 
 from cluster.errors import UsageError
 from cluster.files import write_whole
-from training.config import Data, Job
+from training.config import Job
 from training.data import declared
+from training.sections import Data
 
 if TYPE_CHECKING:
     from training.engine.sampling import Shard

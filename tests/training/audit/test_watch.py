@@ -13,11 +13,11 @@ from cluster.errors import PurserError
 from training.audit.canaries import draw
 from training.audit.plan import SCORES
 from training.audit.watch import Watch, losses
-from training.config import Model, Optimizer
 from training.engine.run import DPSGDRun
 from training.engine.sampling import Shard
 from training.engine.trainer import PrivateTrainer
 from training.models import build, rehearsed
+from training.sections import Model, Optimizer
 
 CANARIES = 12
 

@@ -19,12 +19,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from training.config import Model, Optimizer
 from training.engine.randomness import Keystream
 from training.engine.run import DPSGDRun
 from training.engine.sampling import MicroBatch, PoissonSampler, Shard
 from training.engine.trainer import PrivateTrainer
 from training.models import build
+from training.sections import Model, Optimizer
 
 torch.set_num_threads(1)  # models this small only lose time to more, most of all on two shared cores
 

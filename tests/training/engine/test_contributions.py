@@ -14,11 +14,11 @@ from dpsgd_reference import MODES, WIDTH, flat, model_of, plan, shard_of, unit_g
 from torch import nn
 
 from cluster.errors import PurserError
-from training.config import Optimizer
 from training.engine.contributions import Lookups, PerUnit, Products, Units, clip_factors
 from training.engine.run import SIGMA_MARGIN
 from training.engine.sampling import MicroBatch
 from training.engine.trainer import PrivateTrainer
+from training.sections import Optimizer
 
 OF_RECORD = torch.tensor([2, 0, 1, 0, 2, 0])  # units of 3, 1 and 2 records that do not lie together
 ROWS = 11

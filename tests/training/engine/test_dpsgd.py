@@ -38,12 +38,12 @@ from dpsgd_reference import (
 )
 from torch import nn
 
-from training.config import Optimizer
 from training.engine.optimizer import grid_of
 from training.engine.randomness import Keystream
 from training.engine.run import SIGMA_MARGIN, DPSGDRun
 from training.engine.sampling import PoissonSampler
 from training.engine.trainer import PrivateTrainer
+from training.sections import Optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")
 

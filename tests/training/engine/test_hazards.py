@@ -30,7 +30,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from cluster.errors import PurserError, UsageError
-from training.config import Optimizer
 from training.engine.contributions import PerUnit, Units
 from training.engine.optimizer import check_products
 from training.engine.rehearsal import Inputs, rehearse
@@ -38,6 +37,7 @@ from training.engine.run import SIGMA_MARGIN
 from training.engine.sampling import MicroBatch
 from training.engine.trainer import PrivateTrainer
 from training.engine.validation import check_model
+from training.sections import Optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")
 

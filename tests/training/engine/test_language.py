@@ -34,12 +34,12 @@ from transformers import (
 )
 
 from cluster.errors import PurserError, UsageError
-from training.config import Optimizer
 from training.engine.rehearsal import Inputs, rehearse
 from training.engine.run import SIGMA_MARGIN, DPSGDRun
 from training.engine.sampling import MicroBatch, Shard
 from training.engine.trainer import PrivateTrainer
 from training.engine.validation import check_model
+from training.sections import Optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")
 

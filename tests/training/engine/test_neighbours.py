@@ -11,7 +11,6 @@ import torch.distributed as dist
 from dpsgd_reference import plan
 from torch import nn
 
-from training.config import Model, Optimizer
 from training.engine import contributions, optimizer
 from training.engine.bookkeeping import BookKeepingHooks
 from training.engine.contributions import PerUnit, Products, Units
@@ -20,6 +19,7 @@ from training.engine.sampling import MicroBatch
 from training.engine.stepper import TorchStepper
 from training.engine.trainer import PrivateTrainer
 from training.models import build
+from training.sections import Model, Optimizer
 
 
 def trainer_of(numbers, **changes):

@@ -21,13 +21,13 @@ from dpsgd_reference import flat, noise_off, part_of, plan, shard_of
 from scipy import stats
 from torch import nn
 
-from training.config import Optimizer
 from training.engine import randomness
 from training.engine.optimizer import PrivateOptimizer
 from training.engine.randomness import Keystream, _process
 from training.engine.run import SIGMA_MARGIN
 from training.engine.sampling import PoissonSampler
 from training.engine.trainer import PrivateTrainer
+from training.sections import Optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")
 

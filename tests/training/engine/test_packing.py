@@ -11,13 +11,13 @@ from test_language import LENGTH, WORDS, adapted, llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cluster.errors import PurserError
-from training.config import Optimizer
 from training.engine import objective
 from training.engine.objective import IGNORED
 from training.engine.rehearsal import Inputs, rehearse
 from training.engine.sampling import Shard, micro_batches
 from training.engine.trainer import PrivateTrainer
 from training.preparation import packed
+from training.sections import Optimizer
 from training.shards import packed_shard, shard_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")

@@ -9,7 +9,6 @@ from dpsgd_reference import CLASSES, IMAGE, KINDS, MODES, WIDTH, flat, model_of,
 from torch import nn
 
 from cluster.errors import PurserError
-from training.config import Model, Optimizer
 from training.engine import rehearsal
 from training.engine.contributions import Units
 from training.engine.optimizer import PrivateOptimizer
@@ -17,6 +16,7 @@ from training.engine.rehearsal import TOLERANCE, Inputs, rehearse, synthetic
 from training.engine.run import SIGMA_MARGIN
 from training.engine.trainer import PrivateTrainer
 from training.models import build
+from training.sections import Model, Optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")
 

@@ -28,10 +28,10 @@ from dpsgd_reference import (
 from torch import nn
 
 from cluster.errors import PurserError
-from training.config import Optimizer
 from training.engine.optimizer import carrier_of
 from training.engine.sampling import rows_of
 from training.engine.trainer import PrivateTrainer, rate_at
+from training.sections import Optimizer
 
 SECONDS = 30  # after which a silent rank is given up
 

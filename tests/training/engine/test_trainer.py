@@ -17,11 +17,11 @@ from dpsgd_reference import MODES, flat, model_of, noise_off, on_two_ranks, plan
 from torch import nn
 
 from cluster.errors import PurserError, UsageError
-from training.config import Optimizer
 from training.engine.bookkeeping import BookKeepingHooks
 from training.engine.run import SIGMA_MARGIN
 from training.engine.sampling import MicroBatch
 from training.engine.trainer import PrivateTrainer
+from training.sections import Optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")
 

@@ -22,13 +22,13 @@ from test_language import shard_of as talks_of
 from torch import nn
 
 from cluster.errors import PurserError, UsageError
-from training.config import Optimizer
 from training.engine.randomness import Keystream
 from training.engine.rehearsal import Inputs, rehearse
 from training.engine.stepper import TorchStepper, check_hand_over, held
 from training.engine.trainer import PrivateTrainer
 from training.engine.zero import Zero, ZeroStepper
 from training.engine.zero_config import configuration
+from training.sections import Optimizer
 
 STAGES = (0, 1, 2)
 CHOICES = {
