@@ -21,7 +21,7 @@ from cluster.service import open_desk
 from training.audit import bounds, membership
 from training.audit.canaries import Canaries, digest
 from training.audit.plan import SCORES, Plan, plan
-from training.audit.power import power
+from training.audit.power import found_out, power
 from training.config import Job
 from training.driver import COMPLETED, STOPPED, Outcome, charged
 from training.release import STATEMENT, write_statement
@@ -29,7 +29,7 @@ from training.statement import read
 
 AUDIT = "audit.json"  # in a run's folder
 METHOD = "one run with canaries under fair coins (Steinke, Nasr and Jagielski 2023)"
-HEURISTIC = "Clopper–Pearson intervals of the guesses, as if canaries of one run were independent runs: a heuristic"
+HEURISTIC = "Clopper–Pearson intervals, as if canaries of one run were independent runs"
 CONTRADICTS = "contradicts the claim"
 
 
@@ -104,16 +104,24 @@ def assessed(fixed: Plan, canaries: Canaries, seen: dict[str, np.ndarray]) -> di
         "verdict": CONTRADICTS if contradicts else verdict,
         "contradicted": contradicts,
         "scores": each,
-        "heuristic": HEURISTIC,
+        "heuristic": _of_heuristic(fixed, inside),
         "exposure": _exposure(canaries, seen["rank"]),
     }
 
 
 def _heuristic(fixed: Plan, scores: np.ndarray, inside: np.ndarray) -> float:
-    """Of the guesses "in" alone: how many of those with the highest scores were in, and how many not."""
+    """By the guesses "in" alone: how many of those with the highest scores were in, and how many not."""
     top = np.argsort(-scores, kind="stable")[: fixed.guesses // 2]
     true, members = int(inside[top].sum()), int(inside.sum())
+    if members in (0, len(inside)):
+        return 0.0
     return bounds.heuristic(true, members, len(top) - true, len(inside) - members, fixed.delta, fixed.beta)
+
+
+def _of_heuristic(fixed: Plan, inside: np.ndarray) -> dict[str, Any]:
+    """What it is, the most that it can show, and how often it would find a tenth of the noise out."""
+    found = found_out(fixed.broken, fixed.canaries, lambda scores, of: _heuristic(fixed, scores, of) > fixed.epsilon)
+    return {"method": HEURISTIC, "ceiling": _heuristic(fixed, inside.astype(np.float64), inside), "power": found}
 
 
 def _exposure(canaries: Canaries, ranks: np.ndarray) -> dict[str, float] | None:

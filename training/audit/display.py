@@ -30,7 +30,11 @@ def audit_table(result: Mapping[str, Any]) -> Iterator[object]:
         mark = " ★" if one["score"] == result["score"] else ""
         table.add_row(one["score"] + mark, right, f"{one['epsilon_lower_bound']:.3f}", f"{one['heuristic']:.3f}")
     yield table
-    yield f"heuristic: {result['heuristic']}."
+    said = result["heuristic"]
+    yield (
+        f"heuristic: {said['method']}; it could have shown at most ε = {said['ceiling']:.2f}, and finds a tenth of the "
+        f"noise out in {said['power']:.0%}. No verdict rests on it."
+    )
     needed = result["needed"]
     enough = (
         f"{needed} right guesses would contradict that" if needed else "no number of right guesses contradicts that"
@@ -43,11 +47,11 @@ def audit_table(result: Mapping[str, Any]) -> Iterator[object]:
     for name, one in result["membership"].items():
         if one is not None:
             yield f"Membership inference, {name}: {attack(one)}."
-    if (said := result["exposure"]) is not None:
+    if (bits := result["exposure"]) is not None:
         yield (
-            f"Exposure ({BITS}): in the mean {said['mean_inside']:.2f} bits where the canary was learnt, "
-            f"{said['mean_outside']:.2f} where not; at most {said['highest_inside']:.2f} and "
-            f"{said['highest_outside']:.2f}, of {said['candidates']} tokens."
+            f"Exposure ({BITS}): in the mean {bits['mean_inside']:.2f} bits where the canary was learnt, "
+            f"{bits['mean_outside']:.2f} where not; at most {bits['highest_inside']:.2f} and "
+            f"{bits['highest_outside']:.2f}, of {bits['candidates']} tokens."
         )
     yield f"[bold]{in_words(result)}[/]"
 

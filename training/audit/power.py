@@ -7,6 +7,7 @@ randomness, which reaches neither training nor any canary, so that a plan is the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -49,15 +50,23 @@ def power(
 ) -> float:
     """The probability that the audit of such a run contradicts the claim `epsilon`, as seen over `replicas` runs of the
     channel. Its standard error is 0.036 at most, and next to nothing where it is near 0 or 1."""
-    whole("replicas", replicas, 1, 1_000_000)
     fewest = needed(canaries, guesses, delta, beta, epsilon)
     if fewest is None:
+        whole("replicas", replicas, 1, 1_000_000)
         return 0.0
-    rng, contradicted = np.random.default_rng(_SEED), 0
+    return found_out(channel, canaries, lambda scores, inside: guessed(scores, inside, guesses) >= fewest, replicas)
+
+
+def found_out(
+    channel: Channel, canaries: int, finds: Callable[[np.ndarray, np.ndarray], bool], replicas: int = REPLICAS
+) -> float:
+    """How often `finds`, of scores and of who was in, is true over `replicas` runs of the channel."""
+    whole("replicas", replicas, 1, 1_000_000)
+    rng, found = np.random.default_rng(_SEED), 0
     for _ in range(replicas):
         inside = rng.random(canaries) < 0.5
-        contradicted += guessed(channel.scores(inside, rng), inside, guesses) >= fewest
-    return contradicted / replicas
+        found += finds(channel.scores(inside, rng), inside)
+    return found / replicas
 
 
 def planned_guesses(channel: Channel, canaries: int, delta: float, beta: float, epsilon: float) -> int:

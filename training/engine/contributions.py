@@ -179,13 +179,19 @@ class Products:
             into += g.T @ a
 
     def inner(self, vectors: torch.Tensor) -> torch.Tensor:
-        """See `Contribution`; the products are written out for as many records at once as _AT_ONCE allows."""
+        """See `Contribution`; where there are several times, products are written out, for as many records at once as
+        _AT_ONCE allows."""
+        out, width = self.backprops.shape[2], self.activations.shape[2]
         found = torch.zeros(self.units.count, len(vectors), dtype=torch.float64, device=self.backprops.device)
-        some = max(1, _AT_ONCE // vectors.shape[1])
+        some = max(1, _AT_ONCE // max(vectors.shape[1], len(vectors) * out))
         for first in range(0, len(self.backprops), some):
             g, a = self.backprops[first : first + some], self.activations[first : first + some]
-            unit = self.units.of_record[first : first + some].to(found.device)
-            found.index_add_(0, unit, ((g.mT @ a).flatten(1) @ vectors.T).double())
+            if g.shape[1] == 1:
+                along = (a[:, 0] @ vectors.reshape(-1, width).T).view(len(g), len(vectors), out)
+                inner = (along @ g.mT)[:, :, 0]
+            else:
+                inner = (g.mT @ a).flatten(1) @ vectors.T
+            found.index_add_(0, self.units.of_record[first : first + some].to(found.device), inner.double())
         return found
 
 
