@@ -121,14 +121,14 @@ def withheld(mode: Mode) -> tuple[str, ...]:
 
 def checks(job: Job, mode: Mode) -> Iterator[tuple[Layer, str, Result, str]]:
     """What was checked before anything of `job` left, by layers of NIST SP 800-226's pyramid."""
-    public = "nothing is"
+    public = []
     if job.evaluation.source is not None or job.audit.source is not None:
-        public = "it is declared; no whole source of this ledger is"
-    elif not job.model.made_here:
-        public = "what the pretrained model has seen is its maker's word"
+        public.append("a file is declared to be; no whole source of this ledger is")
+    if not job.model.made_here:
+        public.append("what the pretrained model has seen is its maker's word")
     reserved = "σ, q, steps and the evaluation's noise, compared before the first charge"
     if mode == "select":
         reserved = "no candidate costs more than was reserved for, at any order; compared before it ran"
     for layer, rows in _CHECKS.items():
         for check, result, how in rows:
-            yield layer, check, result, how.format(public=public, reserved=reserved)
+            yield layer, check, result, how.format(public="; ".join(public) or "nothing is", reserved=reserved)

@@ -25,8 +25,11 @@ NOT_IN_LEDGER = (
     *("training.precision", "training.backend", "training.zero_stage", "tuning", "evaluation", "public_data"),
     *("audits", "checks", "excluded", "generated", "embedded"),
 )
+# Who changes both is not found: the ledger knows the sample rate that they make.
+TOGETHER = "training.expected_batch_size together with training.canaries"
 # Which candidate of a selection won is in no ledger either: only that its price covers the one that is named.
 OF_A_CANDIDATE = ("training.noise_multiplier", "training.sample_rate", "training.planned_steps")
+_CHARGING = ("reserve", "open", "authorise")
 _ODD = (AttributeError, KeyError, TypeError, ValueError)  # of a body that is JSON of another shape, or none
 
 
@@ -71,7 +74,8 @@ class _Lease:
 class _Told:
     """What the entries of one account say up to a head: of the account, and of one run.
 
-    `charges`: the run's, as entries say; `derived`: as they must be by what was reserved, the attempt and the block.
+    `charges`: the run's, as entries say; `derived`: as they must be by what was reserved, the attempt and the block;
+    `later`: entries of the run after the head that reserve or charge.
     `spent`: by all charges of the account, as they must be; `wrong`: the first that is not so.
     """
 
@@ -82,6 +86,7 @@ class _Told:
     charge: Charge | None = None
     charges: list[dict[str, Any]] = field(default_factory=list)
     derived: list[dict[str, Any]] = field(default_factory=list)
+    later: list[int] = field(default_factory=list)
 
 
 def prove(said: Statement, books: Books) -> Proof:
@@ -105,9 +110,11 @@ def prove(said: Statement, books: Books) -> Proof:
 
 
 def _told(entries: Iterable[Mapping[str, Any]], until: int, run: str) -> _Told:
-    rows = [row for row in entries if row["seq"] <= until]
+    rows = list(entries)
     told, leases = _Told(rows[0]["body"]), defaultdict[str, _Lease](_Lease)
-    for row in rows:
+    # A head of before the run's end would hide what it was charged from there on.
+    told.later = [row["seq"] for row in rows if row["seq"] > until and row["lease"] == run and row["kind"] in _CHARGING]
+    for row in rows[:until]:
         kind, body, lease = row["kind"], row["body"], leases[row["lease"]]
         if kind == "reserve":
             lease.charge = Charge.from_json({key: body[key] for key in ("account", "mechanism", "steps", "block")})
@@ -157,6 +164,7 @@ def _of_account(part: Partition, told: _Told) -> Iterator[Finding]:
     reserved = charge and {"mechanism": to_json(charge.mechanism), "steps": charge.steps, "block": charge.block}
     planned = part.planned and part.planned.model_dump()
     yield Finding(f"{name}: planned", planned == reserved, planned, reserved)
+    yield Finding(f"{name}: nothing of the run after the head", not told.later, [], told.later)
     charges = [charge.model_dump() for charge in part.charges]
     yield _listed(f"{name}: charges", charges, told.charges)
     yield _listed(f"{name}: cost of each charge", charges, told.derived)
@@ -259,7 +267,7 @@ def _unknown(said: Statement) -> tuple[str, ...]:
     """The names of what no ledger knows, of what this statement has."""
     there = said.as_json()
     names = (*NOT_IN_LEDGER, *(OF_A_CANDIDATE if said.mode == "select" else ("mode",)))
-    return tuple(name for name in names if _has(there, name))
+    return (*(name for name in names if _has(there, name)), TOGETHER)
 
 
 def _has(value: Any, name: str) -> bool:

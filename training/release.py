@@ -15,7 +15,7 @@ from cluster.files import put_whole, write_whole
 from training import card
 from training.config import Job
 from training.rendering import markdown, page
-from training.statement import WEIGHTS, Statement
+from training.statement import WEIGHTS, Statement, sha256
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,14 +96,16 @@ def write_release(folder: Path, model: Path, said: Statement) -> Path:
     draft = folder / ".release"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
+    files = {name: model / name for name in LEAVING} if model.is_dir() else {WEIGHTS: model}
+    digests = {}
+    for name, path in files.items():
+        if path.is_file():
+            (draft / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, draft / name)
+            digests[name] = sha256(draft / name)
+    said = said.model_copy(update={"released": said.released.model_copy(update={"sha256": digests})})
     if model.is_dir():
-        for name in LEAVING:
-            if (model / name).is_file():
-                (draft / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(model / name, draft / name)
         (draft / card.CARD).write_text(card.markdown(said), encoding="utf-8")
-    else:
-        shutil.copyfile(model, draft / WEIGHTS)
     write_statement(draft, said)
     return put_whole(draft, folder / "release")
 

@@ -183,6 +183,8 @@ def _facts(said: Statement) -> Iterator[tuple[str, object]]:
     yield "units declared", protected.declared_units
     yield "δ below 1/units", words(protected.delta_below_one_over_units)
     yield "released", f"the {released.target} in {released.file}"
+    for name, digest in released.sha256.items():
+        yield f"SHA-256 of {name}", digest
     yield "judged by", f"{said.evaluation.figure} ({said.evaluation.error})"
     yield "tuning", said.tuning
     yield "mode of tuning", said.mode

@@ -6,7 +6,8 @@ Nothing is measured or charged here, no record is near, and a release is read an
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from cluster.files import write_whole
 from cluster.screen import Screen
 from training.folder import JOB
 from training.metrics import in_words
-from training.proof import Proof, prove
+from training.proof import Finding, Proof, prove
 from training.release import PAGE, STATEMENT
 from training.released import Released, released
 from training.rendering import audit, opening, page, share
-from training.statement import Statement, read
+from training.statement import Statement, read, sha256
 
 REPORT = "report.html"  # in the folder of a run or sweep
 
@@ -95,6 +96,7 @@ def verified(run: str, statement: Path, books: Books, screen: Screen) -> dict[st
                 f"--verify: {statement} is of {said.run}, and RUN released {theirs}; name one that belongs."
             )
     proof = prove(said, books)
+    proof = replace(proof, findings=(*proof.findings, *_files(said, statement.parent)))
     screen.say(_table(proof))
     word = "[green]holds[/]" if proof.valid else "[red]does not hold[/]"
     count = sum(not one.holds for one in proof.findings)
@@ -103,6 +105,16 @@ def verified(run: str, statement: Path, books: Books, screen: Screen) -> dict[st
     first = said.partitions[0].account if said.partitions else "ACCOUNT"
     screen.say(f"Next: purser budget history {first}", markup=False)
     return {"statement": str(statement.absolute()), "report": None, **proof.as_json()}
+
+
+def _files(said: Statement, folder: Path) -> Iterator[Finding]:
+    """Whether the model's files that lie beside the statement are those that it names."""
+    for name, digest in said.released.sha256.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            yield Finding(f"released: {name}", False, digest, "no file of a release has such a name")
+        elif (folder / name).is_file():
+            found = sha256(folder / name)
+            yield Finding(f"released: {name}, the file beside it", found == digest, digest, found)
 
 
 def _table(proof: Proof) -> Table:

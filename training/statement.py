@@ -70,11 +70,12 @@ class Guarantee(Part):
 
 
 class Leaves(Part):
-    """What is released, and the figures that are released with it."""
+    """What is released, and the figures that are released with it. `sha256`: of each file of the model, by its name."""
 
     target: str
     file: str
     metrics: dict[str, Any]
+    sha256: dict[str, str] = {}
 
 
 class Accounting(Part):
@@ -98,7 +99,7 @@ class Trained(Part):
     sample_rate: float
     expected_batch_size: int
     planned_steps: int
-    canaries: int | None = None
+    canaries: Annotated[int, Field(ge=1)] | None = None
     model: dict[str, Any]
     labels: tuple[str, ...] | None = None
     optimizer: dict[str, Any]
@@ -351,17 +352,18 @@ def _public_data(job: Job) -> str:
     path = job.model.path
     if path is not None and not job.model.made_here:
         files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_absolute() else []
-        content = "".join(f", {file.name} SHA-256 {_sha256(file)}" for file in files)
+        content = "".join(f", {file.name} SHA-256 {sha256(file)}" for file in files)
         public.append(f"the pretrained model {job.model.public().path}{content}, whose weights training began with")
     uses = (job.evaluation.source, "on which the model was judged"), (job.audit.source, "from which its canaries are")
     for source, use in uses:
         if source is not None:
             # What has gone since has no content to name, and the model may leave all the same.
-            content = f" (SHA-256 {_sha256(Path(source))})" if Path(source).is_file() else ""
+            content = f" (SHA-256 {sha256(Path(source))})" if Path(source).is_file() else ""
             public.append(f"{Path(source).name}{content}, declared public by the job, {use}")
     return "; ".join(public) or "none"
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's content, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

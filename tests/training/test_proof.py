@@ -24,8 +24,8 @@ from cluster.accounting.schema import GENESIS, canonical, entry_hash
 from cluster.errors import UsageError
 from training import proof as room
 from training.proof import prove
-from training.release import write_statement
-from training.statement import Statement
+from training.release import write_release, write_statement
+from training.statement import Statement, read
 from tuning.config import SweepJob
 
 TRAIN, VALIDATION = JOB.accounts
@@ -202,6 +202,54 @@ def test_a_partition_that_is_dropped_doubled_or_renamed_is_found(books, said):
     both = said.as_json()["partitions"]
     for forged in (both[:1], both[1:], [], both[::-1], [*both, both[0]], [{**both[0], "account": VALIDATION}, both[1]]):
         assert "partitions" in broken(prove(changed(said, "partitions", to=forged), books))
+
+
+def as_of(said: Statement, books, *heads: int) -> Statement:
+    """The statement as one would forge it who names an older head of each account, and hides what was charged since."""
+    parts = []
+    for part, seq in zip(said.partitions, heads, strict=True):
+        row = list(books.history(part.account))[seq - 1]
+        charges = tuple(charge for charge in part.charges if charge.seq <= seq)
+        cost = sum(charge.cost for charge in charges)
+        known = any(one["kind"] == "reserve" and one["lease"] == RUN for one in list(books.history(part.account))[:seq])
+        changes = {
+            "head": {"seq": seq, "hash": row["hash"]},
+            "spent_cost": row["spent_after"],
+            "charges": charges,
+            "planned": part.planned if known else None,
+            "authorised_steps": sum(charge.steps for charge in charges),
+            "cost_of_run": cost,
+            "epsilon_of_run": books.show(part.account).epsilon_of(cost),
+        }
+        parts.append(type(part).model_validate({**part.model_dump(), **changes}))
+    return said.model_copy(update={"partitions": tuple(parts)})
+
+
+def test_a_head_of_before_the_run_s_end_hides_nothing(books, said):
+    """Every older head of either account, with all else as it was then: charges after it are found, whoever is not
+    told of them. Only what follows the last charge may be missing."""
+    last = {
+        name: max(row["seq"] for row in books.history(name) if row["lease"] == RUN and row["kind"] == "authorise")
+        for name in JOB.accounts
+    }
+    newest = [part.head.seq for part in said.partitions]
+    for place, name in enumerate(JOB.accounts):
+        for seq in range(1, newest[place] + 1):
+            heads = [*newest]
+            heads[place] = seq
+            proof = prove(as_of(said, books, *heads), books)
+            assert proof.valid == (seq >= last[name]), (name, seq)
+            assert seq >= last[name] or f"{name}: nothing of the run after the head" in broken(proof)
+
+
+def test_what_only_both_together_say_is_listed(books, said):
+    """A batch and canaries that make the same sample rate: the ledger knows no more than that."""
+    training = said.training.model_copy(update={"expected_batch_size": 400, "canaries": 3200})
+    proof = prove(said.model_copy(update={"training": training}), books)
+    assert proof.valid
+    assert "training.expected_batch_size together with training.canaries" in proof.not_in_ledger
+    fewer = said.training.model_copy(update={"canaries": 100})
+    assert not prove(said.model_copy(update={"training": fewer}), books).valid
 
 
 def test_another_ledger_does_not_hold_its_head(said, tmp_path):
@@ -472,6 +520,27 @@ def test_a_statement_is_verified_by_the_command(at_home, shared, tmp_path):
     assert "The statement does not hold in 1 of" in ended.out
     assert f"{TRAIN}: cost_of_run" in ended.out
     assert "nobody can derive from it: made_at, setting" in ended.out
+
+
+def test_a_model_that_is_not_the_statement_s_is_found(at_home, shared, tmp_path):
+    """Only where it lies beside the statement; a name that leads elsewhere is none."""
+    release = write_release(
+        tmp_path, shared / "ledger.db", read(shared / "runs" / RUN / "release" / "statement.json", "")
+    )
+    path = release / "statement.json"
+    assert at_home.here("report", RUN, "--verify", path).code == 0
+    (release / "weights.safetensors").write_bytes(b"of another run")
+    ended = at_home.here("report", RUN, "--verify", path, "--json")
+    assert ended.code == 1
+    assert [one["check"] for one in ended.json["checks"] if not one["holds"]] == [
+        "released: weights.safetensors, the file beside it"
+    ]
+    (release / "weights.safetensors").unlink()
+    assert at_home.here("report", RUN, "--verify", path).code == 0
+    said = json.loads(path.read_text())
+    said["released"]["sha256"] = {"../../secret": "0" * 64}
+    path.write_text(json.dumps(said))
+    assert at_home.here("report", RUN, "--verify", path).code == 1
 
 
 @pytest.mark.parametrize(

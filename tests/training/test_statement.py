@@ -120,7 +120,7 @@ def test_what_is_protected_and_how_is_what_was_declared(said):
     for key in ("noise_multiplier", "max_grad_norm", "sample_rate", "expected_batch_size"):
         assert training[key] == getattr(run, key)
     assert training["planned_steps"] == 50
-    assert said["released"] == {"target": "weights", "file": WEIGHTS, "metrics": METRICS}
+    assert said["released"] == {"target": "weights", "file": WEIGHTS, "metrics": METRICS, "sha256": {}}
     assert (said["tuning"], said["mode"], said["audits"]) == ("none in this run.", "none", [])
     assert said["excluded"] == list(EXCLUDED)
     assert any("side channels" in line for line in said["excluded"])
@@ -429,7 +429,10 @@ def test_weights_and_statement_are_written_together(tmp_path, said):
     release = write_release(tmp_path, tmp_path / WEIGHTS, said)
     written = ["statement.html", "statement.json", "statement.md", WEIGHTS]
     assert sorted(path.name for path in release.iterdir()) == written
+    digest = hashlib.sha256((release / WEIGHTS).read_bytes()).hexdigest()
+    said = said.model_copy(update={"released": said.released.model_copy(update={"sha256": {WEIGHTS: digest}})})
     assert json.loads((release / "statement.json").read_text()) == said.as_json()
+    assert digest in markdown(said)
     assert (release / "statement.md").read_text() == markdown(said)
     assert (release / "statement.html").read_text() == page(said)
     weights = load_file(release / WEIGHTS)
