@@ -108,7 +108,7 @@ def seal(job: Job, folder: Path, begun: bool, screen: Screen) -> None:
     from training.audit.plan import plan
 
     if not begun and not digest(folder):
-        draw(job, plan(job, job.training.steps).guesses).seal(folder)
+        draw(job, plan(job).guesses).seal(folder)
     facts = Canaries.unsealed(folder).facts
     screen.say(
         f"Canaries: {facts['canaries']} {facts['kind']} ({facts['distinct']} of them differ), each in by a fair coin; "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +218,8 @@ def public_arrays(job: Job, section: str = "evaluation") -> dict[str, np.ndarray
         UsageError: it cannot be read, or holds no record.
     """
     source, encoding = sources.public(job, section), Encoding.of(job)
+    if section == "audit":  # what a model learns from is in no group
+        encoding = replace(encoding, groups=None)
     made = [
         encoding.arrays(batch) for number in range(len(source.files)) for batch in source.batches(number) if len(batch)
     ]

@@ -145,7 +145,7 @@ def _train(config: dict[str, Any]) -> None:
     if canaries is not None:
         mine = canaries.part(rank.number, rank.world)
         shard = beside(shard, canaries.shard(job, mine[canaries.inside[mine]]))
-        watch = Watch(trainer, canaries.shard(job, mine), canaries.candidates)
+        watch = Watch(trainer, canaries.shard(job, mine), canaries.candidates, config["sealed"])
 
     done = _restore(trainer, watch)
     behind = sum(rung <= done for rung in job.rungs) if len(job.charged) > 1 else 0

@@ -24,7 +24,8 @@ import torch
 from tests.benchmarks import main
 from tests.training.audit.audited import BROKEN, KEY, SOURCE_KEY, digits_file, digits_job, verdict
 from training.audit.canaries import draw
-from training.audit.plan import DELTA, claimed
+from training.audit.plan import claimed
+from training.audit.power import Channel
 from training.audit.watch import Watch
 from training.config import Job
 from training.jobfile import load
@@ -50,7 +51,7 @@ def overhead(kind: str, rounds: int, folder: Path) -> float:
         watching = bool((number + number // 2) % 2)  # each is first as often as the other
         trainer, _ = rehearsed(job)
         begun = time.perf_counter()
-        watch = Watch(trainer, canaries.shard(job, every), canaries.candidates) if watching else None
+        watch = Watch(trainer, canaries.shard(job, every), canaries.candidates, "") if watching else None
         for _ in range(0, job.training.steps, job.training.block):
             trainer.steps(shard, job.training.block, watch.told if watch else None)
             if watch:
@@ -68,8 +69,9 @@ def noise_for(job: Job, epsilon: float | None) -> float:
         return low
     while high / low > 1.01:
         middle = (low * high) ** 0.5
-        run = job.with_values({"training.noise_multiplier": middle}).run()
-        low, high = (low, middle) if claimed(run, run.steps, DELTA) <= epsilon else (middle, high)
+        run = job.run()
+        enough = claimed(Channel(run.sample_rate, middle, run.steps)) <= epsilon
+        low, high = (low, middle) if enough else (middle, high)
     return high
 
 

@@ -39,7 +39,7 @@ class Canaries:
         arrays: as `Encoding.arrays` has records. [canaries, ...]
         inside: bool [canaries], whose coin said that it is in the train partition.
         candidates: int64, the tokens of which a rare-token canary's last one is drawn; empty for other kinds.
-        facts: what may be said of them: kind, how many, how many of them differ, guesses.
+        facts: what may be said of them: kind, how many, how many of them differ, guesses, confidence.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -123,7 +123,13 @@ def draw(job: Job, guesses: int) -> Canaries:
             arrays["label"] = drawn
         elif kind == "mislabelled":
             arrays["label"] = (arrays["label"] + 1 + drawn % (classes - 1)) % classes
-    facts = {"kind": kind, "canaries": count, "distinct": _distinct(arrays, count), "guesses": guesses}
+    facts = {
+        "kind": kind,
+        "canaries": count,
+        "distinct": _distinct(arrays, count),
+        "guesses": guesses,
+        "confidence": job.audit.confidence,
+    }
     return Canaries(arrays, inside, candidates if kind == "rare-token" else candidates[:0], facts)
 
 

@@ -31,6 +31,9 @@ def tight_epsilon(sample_rate: float, noise_multiplier: float, steps: int, delta
     number("delta", delta, *DELTA_BOUNDS)
     most, least = _most_loss(step), math.inf
     reach = min(most * math.sqrt(steps), _reach(step, steps))
+    delta -= 16 * steps * 2.0**-52
+    if delta < DELTA_BOUNDS[0]:
+        return math.inf
     # Each pass learns from the one before how far the composed losses reach, so that neither a grid too coarse for
     # small losses nor one too fine to be held is laid. On each grid ε is a bound; the least is taken.
     for points in POINTS:

@@ -19,8 +19,8 @@ from cluster.files import write_whole
 from cluster.screen import Screen
 from cluster.service import open_desk
 from training.audit import bounds, membership
-from training.audit.canaries import Canaries, digest
-from training.audit.plan import SCORES, Plan, plan
+from training.audit.canaries import Canaries
+from training.audit.plan import SCORES, Plan, charged_plan
 from training.audit.power import found_out, power
 from training.config import Job
 from training.driver import COMPLETED, STOPPED, Outcome, charged
@@ -54,15 +54,19 @@ def audit(run: str, job: Job, screen: Screen, shadows: int = 0) -> dict[str, Any
     outcome = Outcome.kept(folder)
     if outcome is None or outcome.status not in (COMPLETED, STOPPED):
         raise UsageError(f"RUN: {run} is not at its end; {environment.going_on('train', run)} goes on with it.")
-    canaries = Canaries.unsealed(folder)
-    seen = seen_by(folder, len(canaries), run)
+    seen, sealed = seen_by(folder)
+    canaries = Canaries.unsealed(folder, sealed)
     books = open_desk().books
     screen.say(f"Ledger {books.place}")
-    fixed = plan(job, charged(books, job, run).steps, canaries.facts["guesses"])
-    result = assessed(fixed, canaries, seen) | {"run": run, "sealed": digest(folder)}
-    result["membership"] = {"loss": membership.attack(-seen["loss"], canaries.inside).as_json(), "lira": None}
-    if shadows:
-        result["membership"]["lira"] = _lira(job, canaries, seen["loss"], shadows, screen)
+    facts = canaries.facts
+    charges = charged(books, job, run).entries[job.accounts[0]]
+    fixed = charged_plan(facts["canaries"], facts["guesses"], facts["confidence"], charges)
+    result = assessed(fixed, canaries, seen) | {"run": run, "sealed": sealed}
+    result["membership"] = {"loss": None, "lira": None}
+    if 0 < canaries.inside.sum() < len(canaries):
+        result["membership"]["loss"] = membership.attack(-seen["loss"], canaries.inside).as_json()
+        if shadows:
+            result["membership"]["lira"] = _lira(job, canaries, seen["loss"], shadows, screen)
     write_whole(folder / AUDIT, json.dumps(result, indent=2, allow_nan=False) + "\n")
     if (folder / "release" / STATEMENT).exists():
         said = read(folder / "release" / STATEMENT, "RUN")
@@ -88,14 +92,13 @@ def assessed(fixed: Plan, canaries: Canaries, seen: dict[str, np.ndarray]) -> di
     best = max(each, key=lambda one: (one["epsilon_lower_bound"], one["correct"]))
     most = bounds.ceiling(fixed.canaries, fixed.guesses, fixed.delta, fixed.beta)
     contradicts = best["epsilon_lower_bound"] > fixed.epsilon
-    verdict = f"does not contradict it; this audit could have shown at most ε = {most:.2f}"
+    verdict = f"does not contradict it; this audit could have shown at most ε = {math.floor(100 * most) / 100:.2f}"
     return {
         "method": METHOD,
         "score": best["score"],
         **canaries.facts,
         "correct": best["correct"],
         "needed": bounds.needed(fixed.canaries, fixed.guesses, fixed.delta, fixed.beta, fixed.epsilon),
-        "confidence": 1 - fixed.beta * len(SCORES),
         "delta": fixed.delta,
         "epsilon_lower_bound": best["epsilon_lower_bound"],
         "ceiling": most,
@@ -139,19 +142,25 @@ def _exposure(canaries: Canaries, ranks: np.ndarray) -> dict[str, float] | None:
     }
 
 
-def seen_by(folder: Path, count: int, run: str) -> dict[str, np.ndarray]:
-    """What all ranks saw, in the order of the canaries."""
+def seen_by(folder: Path) -> tuple[dict[str, np.ndarray], str]:
+    """What all ranks of the run in `folder` saw, in the order of the canaries; and the SHA-256 of those.
+
+    Raises:
+        UsageError: it is not whole, or not of one set of canaries.
+    """
     parts = []
     for path in sorted(folder.glob("canaries-*.npz")):
         with np.load(path, allow_pickle=False) as file:
             parts.append({name: file[name] for name in file.files})
+    sealed = {str(part.pop("sealed")) for part in parts}
     numbers = np.concatenate([part["number"] for part in parts]) if parts else np.zeros(0, np.int64)
-    if sorted(numbers.tolist()) != list(range(count)):
+    if len(sealed) != 1 or not np.array_equal(np.sort(numbers), np.arange(len(numbers))):
         raise UsageError(
-            f"RUN: what {run} saw of its canaries is not whole in {folder}; put its files back, or train a new run."
+            f"RUN: what {folder.name} saw of its canaries is not whole in {folder}; put its files back, or train a new "
+            "run."
         )
     order = np.argsort(numbers)
-    return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
+    return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}, sealed.pop()
 
 
 def _lira(job: Job, canaries: Canaries, loss: np.ndarray, shadows: int, screen: Screen) -> dict[str, Any]:

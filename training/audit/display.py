@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich import box
 from rich.table import Column, Table
+
+from cluster.accounting.costs import epsilon_text
 
 BITS = "log2 of how many tokens there are, less log2 of its rank"
 
@@ -28,7 +31,7 @@ def audit_table(result: Mapping[str, Any]) -> Iterator[object]:
     for one in result["scores"]:
         right = f"{one['correct']} of {result['guesses']}"
         mark = " ★" if one["score"] == result["score"] else ""
-        table.add_row(one["score"] + mark, right, f"{one['epsilon_lower_bound']:.3f}", f"{one['heuristic']:.3f}")
+        table.add_row(one["score"] + mark, right, _down(one["epsilon_lower_bound"]), _down(one["heuristic"]))
     yield table
     said = result["heuristic"]
     yield (
@@ -59,7 +62,7 @@ def audit_table(result: Mapping[str, Any]) -> Iterator[object]:
 def in_words(result: Mapping[str, Any]) -> str:
     """The verdict, with what it rests on."""
     return (
-        f"At {result['confidence']:.0%} confidence ε is at least {result['epsilon_lower_bound']:.3f} "
+        f"At {100 * result['confidence']:g}% confidence ε is at least {_down(result['epsilon_lower_bound'])} "
         f"({result['score']}): this {result['verdict']}."
     )
 
@@ -67,7 +70,12 @@ def in_words(result: Mapping[str, Any]) -> str:
 def claim(result: Mapping[str, Any]) -> str:
     """The ε that was claimed, rounded up."""
     epsilon = result["epsilon_claimed"]
-    return "∞" if epsilon is None else f"{epsilon:.3f}"
+    return "∞" if epsilon is None else epsilon_text(epsilon)
+
+
+def _down(bound: float) -> str:
+    """A lower bound, rounded down."""
+    return f"{math.floor(1000 * bound) / 1000:.3f}"
 
 
 def attack(said: Mapping[str, Any]) -> str:

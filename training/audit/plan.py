@@ -5,18 +5,20 @@ No record, score or coin comes here; no Ray, no torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from cluster.accounting.mechanisms import PoissonSubsampledGaussian, from_json
+from cluster.errors import PurserError
 from training.audit.claim import tight_epsilon
 from training.audit.power import LESS_NOISE, Channel, planned_guesses
 from training.config import Job
-from training.engine.run import DPSGDRun
 
 SCORES = ("black-box", "white-box", "white-box, changes")  # an audit looks at all of them; see `watch`
-# Where the claim is audited. At the account's own δ, of 1e-5 say, the bound's term 2mδ would leave nothing to show. It
-# is a fiftieth of the error that an audit allows itself, or less; the claim is the run's own curve there. Below the
-# second of these, the curve is lost in what is cut off of its tails.
-DELTA, LEAST_DELTA = 1e-9, 1e-11
+# Where the claim is audited. At the account's own δ, of 1e-5 say, the bound's term 2mδ would leave nothing to show. The
+# claim is the run's own curve at this one; further out the curve is lost in what is cut off of its tails.
+DELTA = 1e-9
 
 
 @dataclass(frozen=True)
@@ -44,25 +46,38 @@ class Plan:
         return replace(self.channel, noise_multiplier=self.channel.noise_multiplier / LESS_NOISE)
 
 
-def plan(job: Job, steps: int, guesses: int | None = None) -> Plan:
-    """The audit of a run of `job`.
+def plan(job: Job) -> Plan:
+    """The audit of a run of `job` that goes as planned, with as many guesses as the job says, or as find a tenth of the
+    noise out most often."""
+    run, audit = job.run(), job.audit
+    channel = Channel(run.sample_rate, run.noise_multiplier, run.steps)
+    beta, epsilon = _beta(audit.confidence), claimed(channel)
+    guesses = audit.guesses or planned_guesses(channel, audit.canaries, DELTA, beta, epsilon)
+    return Plan(audit.canaries, guesses, DELTA, beta, channel, epsilon)
+
+
+def charged_plan(canaries: int, guesses: int, confidence: float, charges: Sequence[Mapping[str, Any]]) -> Plan:
+    """The audit of a run as it was charged, steps that ran twice included: what is claimed follows from the ledger.
 
     Args:
-        steps: how many it was authorised, those that ran twice included.
-        guesses: how many were sealed; before that, None: what the job says, or the number that finds a tenth of the
-            noise out most often.
+        canaries, guesses, confidence: as sealed.
+        charges: the run's `authorise` entries on its train account.
+
+    Raises:
+        PurserError: they are none of DP-SGD, or not of one.
     """
-    run = job.run()
-    beta = (1 - job.audit.confidence) / len(SCORES)
-    delta = max(LEAST_DELTA, min(DELTA, job.privacy.delta, beta / (100 * job.audit.canaries)))
-    channel = Channel(run.sample_rate, run.noise_multiplier, steps)
-    epsilon = claimed(run, steps, delta)
-    guesses = guesses or job.audit.guesses
-    if guesses is None:
-        guesses = planned_guesses(channel, job.audit.canaries, delta, beta, epsilon)
-    return Plan(job.audit.canaries, guesses, delta, beta, channel, epsilon)
+    steps = [from_json(entry["mechanism"]) for entry in charges]
+    mechanism = steps[0] if steps else None
+    if not isinstance(mechanism, PoissonSubsampledGaussian) or any(step != mechanism for step in steps):
+        raise PurserError("audit: the ledger has no charges of one DP-SGD run under this name; name a trained run.")
+    channel = Channel(mechanism.sample_rate, mechanism.noise_multiplier, sum(entry["steps"] for entry in charges))
+    return Plan(canaries, guesses, DELTA, _beta(confidence), channel, claimed(channel))
 
 
-def claimed(run: DPSGDRun, steps: int, delta: float) -> float:
-    """The ε at `delta` of so many steps of `run`: of this run alone and tight, so that no audit has an easy game."""
-    return tight_epsilon(run.sample_rate, run.noise_multiplier, steps, delta)
+def claimed(channel: Channel) -> float:
+    """The ε of a run at DELTA: of this run alone and tight, so that no audit has an easy game."""
+    return tight_epsilon(channel.sample_rate, channel.noise_multiplier, channel.steps, DELTA)
+
+
+def _beta(confidence: float) -> float:
+    return (1 - confidence) / len(SCORES)

@@ -41,10 +41,11 @@ class Watch:
 
     Args:
         candidates: the tokens among which the last one of a canary that is text has its rank; empty for other canaries.
+        sealed: the SHA-256 of the file that the canaries are from: what was seen is of their coins and of no others.
     """
 
-    def __init__(self, trainer: PrivateTrainer, mine: Shard, candidates: np.ndarray) -> None:
-        self._trainer, self._mine = trainer, mine
+    def __init__(self, trainer: PrivateTrainer, mine: Shard, candidates: np.ndarray, sealed: str) -> None:
+        self._trainer, self._mine, self._sealed = trainer, mine, sealed
         self._candidates = torch.from_numpy(candidates)
         self._numbers = trainer.last_numbers(NUMBERS)
         self._window = max(1, min(WINDOW, KEPT // self._numbers))
@@ -54,10 +55,10 @@ class Watch:
         self._state = {"start": self._losses(), "sum": zeros, "changes": zeros.copy()}
 
     def told(self, update: torch.Tensor) -> None:
-        """One noised update, fp64 [parameters]."""
-        self._updates.append(update[-self._numbers :].float())
+        """One noised update, fp64 [parameters], about to be applied."""
         if len(self._updates) == self._window:
             self.look()
+        self._updates.append(update[-self._numbers :].float())
 
     def look(self) -> None:
         """At the updates since the last look; at the end of a block, before a checkpoint."""
@@ -74,19 +75,22 @@ class Watch:
             self._state["changes"][some] += along.diff(dim=1).square().sum(1).numpy()
             done = some.stop
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, after a look."""
-        return {name: torch.from_numpy(array) for name, array in self._state.items()}
+        return {"sealed": self._sealed, **{name: torch.from_numpy(array) for name, array in self._state.items()}}
 
-    def load(self, state: dict[str, torch.Tensor] | None) -> None:
+    def load(self, state: dict[str, Any] | None) -> None:
         """Go on from a checkpoint.
 
         Raises:
             PurserError: it has none of this, or of other canaries.
         """
-        if state is None or any(len(one) != self._mine.units for one in state.values()):
-            raise PurserError("checkpoint: what was seen of the audit's canaries is not in it; start a new run.")
-        self._state = {name: tensor.numpy().copy() for name, tensor in state.items()}
+        if state is None or state["sealed"] != self._sealed or len(state["sum"]) != self._mine.units:
+            raise PurserError(
+                "checkpoint: what was seen of the audit's canaries is not in it, or is of others; put them back, or "
+                "start a new run."
+            )
+        self._state = {name: state[name].numpy().copy() for name in self._state}
 
     def end(self, folder: Path, rank: int, which: np.ndarray) -> None:
         """Write all that was seen to the run's `folder`.
@@ -97,6 +101,7 @@ class Watch:
         end, file = self._losses(), io.BytesIO()
         scores = zip(SCORES, (self._state["start"] - end, self._state["sum"], self._state["changes"]), strict=True)
         arrays: dict[str, Any] = {**dict(scores), "number": which, "loss": end, "rank": self._ranks()}
+        arrays["sealed"] = np.array(self._sealed)
         np.savez(file, **arrays)
         write_whole(seen_file(folder, rank), file.getvalue()).chmod(0o600)
 

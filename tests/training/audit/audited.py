@@ -71,19 +71,19 @@ def digits_job(source: Path, **training: object) -> Job:
 
 def watched(job: Job, folder: Path, engine: str = "true"):
     """What all ranks (one) saw of the canaries of a run of `job`, and the canaries."""
-    draw(job, plan(job, job.training.steps).guesses).seal(folder)
-    canaries = Canaries.unsealed(folder)
+    sealed = draw(job, plan(job).guesses).seal(folder)
+    canaries = Canaries.unsealed(folder, sealed)
     trainer, _ = rehearsed(job)  # a broken one would not pass it
     every = canaries.part(0, 1)
     real = Prepared.at(prepare(job, SOURCE_KEY, KEY)).shard("train", 0, 1)
     shard = beside(real, canaries.shard(job, every[canaries.inside]))
-    watch = Watch(trainer, canaries.shard(job, every), canaries.candidates)
+    watch = Watch(trainer, canaries.shard(job, every), canaries.candidates, sealed)
     with BROKEN[engine]():
         for _ in range(0, job.training.steps, job.training.block):
             trainer.steps(shard, job.training.block, watch.told)
             watch.look()
     watch.end(folder, 0, every)
-    return canaries, seen_by(folder, len(canaries), folder.name)
+    return canaries, seen_by(folder)[0]
 
 
 def verdict(
@@ -96,8 +96,8 @@ def verdict(
     """The audit of such a run; by other `coins`, if they are given."""
     canaries, seen = watched(job, folder, engine)
     canaries = coins(canaries)
-    job = job.with_values({"audit.confidence": confidence})
-    return assessed(plan(job, job.training.steps, canaries.facts["guesses"]), canaries, seen)
+    job = job.with_values({"audit.confidence": confidence, "audit.guesses": canaries.facts["guesses"]})
+    return assessed(plan(job), canaries, seen)
 
 
 # -- engines --

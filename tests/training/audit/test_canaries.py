@@ -46,7 +46,7 @@ def test_a_mislabelled_canary_is_at_the_ends_of_what_is_declared():
     assert (features[:, 1:].sum(1) == 1).all()
     assert set(features[:, 1:].flatten().tolist()) == {0.0, 1.0}
     assert set(labels.tolist()) == {0, 1}
-    assert made.facts == {"kind": "mislabelled", "canaries": 300, "distinct": 12, "guesses": 10}
+    assert made.facts == {"kind": "mislabelled", "canaries": 300, "distinct": 12, "guesses": 10, "confidence": 0.95}
 
 
 def test_a_blank_canary_has_one_value():
@@ -129,6 +129,15 @@ def test_canaries_of_a_public_file_are_its_records(public, kind):
     assert len(set(names.tolist())) == 40
     right = made.arrays["label"] == names % 2
     assert right.all() if kind == "public" else not right.any()
+
+
+def test_groups_of_an_evaluation_are_none_of_a_canary_s(public):
+    """Neither need a public file have their column, nor are its records in any: those that a model learns from are
+    not."""
+    for column in ("sex", "colour"):
+        groups = {"column": column, "categories": ["red"]}
+        job = job_of(evaluation={"groups": groups}, audit={"canaries": 40, "source": str(public)})
+        assert set(draw(job, 10).arrays) == {"features", "label"}
 
 
 def test_more_canaries_than_a_file_has_records_are_refused(public):

@@ -51,8 +51,24 @@ def one_step_epsilon(q, sigma, delta):
 @pytest.mark.parametrize("delta", [1e-5, 1e-9])
 @pytest.mark.parametrize(("noise", "steps"), [(8.0, 80), (1.0, 1), (100.0, 20_000), (3.0, 20)])
 def test_without_sampling_it_is_a_gaussian_mechanism(noise, steps, delta):
-    exact = gaussian_epsilon(math.sqrt(steps) / noise, delta)
-    assert exact - 1e-9 <= tight_epsilon(1.0, noise, steps, delta) <= exact * 1.0001
+    exact, least = (gaussian_epsilon(math.sqrt(steps) / noise, one) for one in (delta, delta - lost(steps)))
+    assert exact - 1e-9 <= tight_epsilon(1.0, noise, steps, delta) <= least * 1.0001
+
+
+def lost(steps):
+    """Of δ, in composing by FFT."""
+    return 16 * steps * 2.0**-52
+
+
+@pytest.mark.parametrize("delta", [1e-9, 1e-10, 1e-11])
+@pytest.mark.parametrize("steps", [1000, 30_000, 300_000])
+@pytest.mark.parametrize("mu", [0.3, 1.0])
+def test_it_is_a_bound_far_out_and_after_many_steps_too(mu, steps, delta):
+    """Where rounding would take more than there is of δ, nothing is claimed."""
+    exact = gaussian_epsilon(mu, delta)
+    found = tight_epsilon(1.0, math.sqrt(steps) / mu, steps, delta)
+    assert found >= exact
+    assert (found == math.inf) == (lost(steps) >= delta)
 
 
 @pytest.mark.parametrize("delta", [1e-5, 1e-9])

@@ -19,7 +19,7 @@ from training.engine.trainer import PrivateTrainer
 from training.models import build, rehearsed
 from training.sections import Model, Optimizer
 
-CANARIES = 12
+CANARIES, SEALED = 12, "ab" * 32
 
 
 def trainer_of(steps=7, clip=0.5):
@@ -50,7 +50,7 @@ def test_scores_are_those_of_the_definition(monkeypatch, tmp_path, window):
     """Blocks of 3, 3 and 1 steps, windows of whatever fits in them."""
     monkeypatch.setattr("training.audit.watch.WINDOW", window)
     trainer, mine, real = trainer_of(), shard_of(CANARIES), shard_of(20, seed=1)
-    watch = Watch(trainer, mine, none())
+    watch = Watch(trainer, mine, none(), SEALED)
     model, start = trainer.model, losses(trainer.model, mine, 5)
     wanted_sum, wanted_changes = np.zeros(CANARIES), np.zeros(CANARIES)
     last: list[torch.Tensor] = []
@@ -70,10 +70,10 @@ def test_scores_are_those_of_the_definition(monkeypatch, tmp_path, window):
         kept.clear()
 
     def told(update):
-        kept.append(update.clone())
-        watch.told(update)
         if len(kept) == window:
             look()
+        kept.append(update.clone())
+        watch.told(update)
 
     for steps in (3, 3, 1):
         trainer.steps(real, steps, told)
@@ -92,7 +92,7 @@ def test_who_watches_changes_nothing():
     """The model, its gradients and its mode are what they were, and so is the state of torch's generator."""
     trainer, mine = trainer_of(), shard_of(CANARIES)
     before, state = [p.clone() for p in trainer.model.parameters()], torch.get_rng_state()
-    watch = Watch(trainer, mine, none())
+    watch = Watch(trainer, mine, none(), SEALED)
     watch.told(torch.ones(trainer.last_numbers(10**9), dtype=torch.float64))
     watch.look()
     assert all(torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True))
@@ -104,20 +104,21 @@ def test_who_watches_changes_nothing():
 
 def test_a_checkpoint_of_other_canaries_is_refused():
     trainer = trainer_of()
-    other = Watch(trainer, shard_of(CANARIES - 1), none()).state()
-    for state in (None, other):
-        with pytest.raises(PurserError, match="what was seen of the audit's canaries is not in it"):
-            Watch(trainer, shard_of(CANARIES), none()).load(state)
+    fewer = Watch(trainer, shard_of(CANARIES - 1), none(), SEALED).state()
+    others = Watch(trainer, shard_of(CANARIES), none(), "cd" * 32).state()
+    for state in (None, fewer, others):
+        with pytest.raises(PurserError, match="what was seen of the audit's canaries is not in it, or is of others"):
+            Watch(trainer, shard_of(CANARIES), none(), SEALED).load(state)
 
 
 def test_a_rank_that_holds_no_canary_has_nothing_to_say(tmp_path):
     trainer = trainer_of()
-    watch = Watch(trainer, shard_of(0), none())
+    watch = Watch(trainer, shard_of(0), none(), SEALED)
     trainer.steps(shard_of(20, seed=1), 3, watch.told)
     watch.look()
     watch.end(tmp_path, 1, none())
     with np.load(tmp_path / "canaries-1.npz") as seen:
-        assert all(len(seen[name]) == 0 for name in seen.files)
+        assert all(len(seen[name]) == 0 for name in seen.files if name != "sealed")
 
 
 @pytest.mark.parametrize("packing", ["none", "unit"])
@@ -126,7 +127,7 @@ def test_a_token_s_rank_is_among_those_that_it_was_drawn_from(tmp_path, packing)
     job = text_job("notes.csv", label=False, unit="id", most=3, packing=packing).with_values({"audit.canaries": 20})
     trainer, _ = rehearsed(job)
     canaries = draw(job, 10)
-    Watch(trainer, canaries.shard(job, np.arange(20)), canaries.candidates).end(tmp_path, 0, np.arange(20))
+    Watch(trainer, canaries.shard(job, np.arange(20)), canaries.candidates, SEALED).end(tmp_path, 0, np.arange(20))
     model = trainer.unhook().eval()
     with np.load(tmp_path / "canaries-0.npz") as seen, torch.no_grad():
         for number in range(20):
