@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.train
 import ray.train.torch
@@ -24,7 +24,6 @@ from cluster.accounting.leases import Attempt
 from cluster.environment import HOME, code_hash
 from cluster.errors import PurserError, UsageError, without_content
 from training.audit.canaries import Canaries
-from training.audit.watch import Watch
 from training.config import Job
 from training.data import declared
 from training.encoding import Encoding
@@ -38,6 +37,9 @@ from training.models import rehearsed
 from training.preparation import digest
 from training.release import keep_rung, write_model
 from training.shards import Prepared, beside, public_shard
+
+if TYPE_CHECKING:
+    from training.audit.watch import Watch
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -143,6 +145,8 @@ def _train(config: dict[str, Any]) -> None:
     canaries = rank.canaries(config)
     watch = None
     if canaries is not None:
+        from training.audit.watch import Watch
+
         mine = canaries.part(rank.number, rank.world)
         shard = beside(shard, canaries.shard(job, mine[canaries.inside[mine]]))
         watch = Watch(trainer, canaries.shard(job, mine), canaries.candidates, config["sealed"])
