@@ -2,7 +2,7 @@
 
 overhead_ratio      of a run of the digits (`infra/jobs/digits.yaml`, one process) with 500 canaries: seconds of a
                     training that is watched over those of the same that is not, less 1; medians of runs taken in
-                    turns. mlp_… and cnn_… of these models
+                    turns, pair by pair. mlp_… and cnn_… of these models
 rows                for each claimed ε (of the run, at the audit's δ; null for training without privacy: the least noise
                     that there may be) and each engine, true and broken in one way: the largest lower bound at 95 %, and
                     whether it contradicts the claim; with how often of how many runs it did, and the audit's ceiling.
@@ -59,7 +59,8 @@ def overhead(kind: str, rounds: int, folder: Path) -> float:
         if watch:
             watch.end(folder, 0, every)
         seconds[watching].append(time.perf_counter() - begun)
-    return statistics.median(seconds[True]) / statistics.median(seconds[False]) - 1
+    pairs = zip(seconds[True], seconds[False], strict=True)
+    return statistics.median(watched / alone for watched, alone in pairs) - 1
 
 
 def noise_for(job: Job, epsilon: float | None) -> float:
