@@ -155,8 +155,16 @@ def plan(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> No
     screen.say(plan_verdict(made))
     if not made.exists:
         screen.say("There is no such account yet; these are the orders it would be given.")
-    screen.say(escape(f"Next: purser tune {shlex.join([str(job), *(overrides or [])])}"))
-    screen.result(made.as_json())
+    shown = made.as_json()
+    if made.job.audit.canaries:
+        from training.audit.display import planned
+        from training.audit.plan import plan as of_audit
+
+        shown["audit"] = of_audit(made.job).as_json()
+        screen.say(planned(shown["audit"]))
+    what = "train" if made.job.audit.canaries else "tune"  # a sweep has no canaries
+    screen.say(escape(f"Next: purser {what} {shlex.join([str(job), *(overrides or [])])}"))
+    screen.result(shown)
 
 
 @app.command()

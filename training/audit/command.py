@@ -21,7 +21,7 @@ from cluster.service import open_desk
 from training.audit import bounds, membership
 from training.audit.canaries import Canaries
 from training.audit.plan import SCORES, Plan, charged_plan
-from training.audit.power import found_out, power
+from training.audit.power import found_out
 from training.config import Job
 from training.driver import COMPLETED, STOPPED, Outcome, charged
 from training.release import STATEMENT, write_statement
@@ -90,20 +90,17 @@ def assessed(fixed: Plan, canaries: Canaries, seen: dict[str, np.ndarray]) -> di
             }
         )
     best = max(each, key=lambda one: (one["epsilon_lower_bound"], one["correct"]))
-    most = bounds.ceiling(fixed.canaries, fixed.guesses, fixed.delta, fixed.beta)
+    shown = fixed.as_json()
     contradicts = best["epsilon_lower_bound"] > fixed.epsilon
-    verdict = f"does not contradict it; this audit could have shown at most ε = {math.floor(100 * most) / 100:.2f}"
+    most = math.floor(100 * shown["ceiling"]) / 100
+    verdict = f"does not contradict it; this audit could have shown at most ε = {most:.2f}"
     return {
         "method": METHOD,
         "score": best["score"],
         **canaries.facts,
+        **shown,
         "correct": best["correct"],
-        "needed": bounds.needed(fixed.canaries, fixed.guesses, fixed.delta, fixed.beta, fixed.epsilon),
-        "delta": fixed.delta,
         "epsilon_lower_bound": best["epsilon_lower_bound"],
-        "ceiling": most,
-        "power": power(fixed.broken, fixed.canaries, fixed.guesses, fixed.delta, fixed.beta, fixed.epsilon),
-        "epsilon_claimed": fixed.epsilon if math.isfinite(fixed.epsilon) else None,
         "verdict": CONTRADICTS if contradicts else verdict,
         "contradicted": contradicts,
         "scores": each,

@@ -59,6 +59,15 @@ def audit_table(result: Mapping[str, Any]) -> Iterator[object]:
     yield f"[bold]{in_words(result)}[/]"
 
 
+def planned(plan: Mapping[str, Any]) -> str:
+    """What an audit will be able to show, of `Plan.as_json`."""
+    return (
+        f"Audit: {plan['canaries']} canaries, {plan['guesses']} guesses of each score; it could show at most ε = "
+        f"{math.floor(100 * plan['ceiling']) / 100:.2f}, of ε ≤ {claim(plan)} that one run claims at δ = "
+        f"{plan['delta']:g}, and would find a tenth of the noise out in {plan['power']:.0%}."
+    )
+
+
 def in_words(result: Mapping[str, Any]) -> str:
     """The verdict, with what it rests on."""
     return (

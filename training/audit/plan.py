@@ -5,14 +5,16 @@ No record, score or coin comes here; no Ray, no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.accounting.mechanisms import PoissonSubsampledGaussian, from_json
 from cluster.errors import PurserError
+from training.audit import bounds
 from training.audit.claim import tight_epsilon
-from training.audit.power import LESS_NOISE, Channel, planned_guesses
+from training.audit.power import LESS_NOISE, Channel, planned_guesses, power
 from training.config import Job
 
 SCORES = ("black-box", "white-box", "white-box, changes")  # an audit looks at all of them; see `watch`
@@ -39,6 +41,21 @@ class Plan:
     beta: float
     channel: Channel
     epsilon: float
+
+    def as_json(self) -> dict[str, Any]:
+        """What it can show, as `purser plan` and `purser audit` print it. `ceiling`: the bound if all guesses are
+        right; `needed`: the fewest right ones that contradict the claim, or None; `power`: how often a run with a tenth
+        of the noise would be found out; a claim without bound is None."""
+        numbers = self.canaries, self.guesses, self.delta, self.beta
+        return {
+            "canaries": self.canaries,
+            "guesses": self.guesses,
+            "delta": self.delta,
+            "epsilon_claimed": self.epsilon if math.isfinite(self.epsilon) else None,
+            "ceiling": bounds.ceiling(*numbers),
+            "needed": bounds.needed(*numbers, self.epsilon),
+            "power": power(self.broken, *numbers, self.epsilon),
+        }
 
     @property
     def broken(self) -> Channel:

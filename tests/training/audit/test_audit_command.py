@@ -180,6 +180,19 @@ def test_guesses_are_planned_from_public_numbers_before_the_run():
     assert plan(job.with_values({"audit.guesses": 44})).guesses == 44
 
 
+def test_a_plan_says_what_an_audit_could_show(run, purser):
+    """Before anything is spent, and the same that the audit says afterwards of a run of as many steps."""
+    overrides = (f"audit.canaries={CANARIES}", "audit.guesses=100", "training.steps=40")
+    done = purser.here("plan", DIGITS, *overrides, "--json")
+    assert done.code == 0, done.err
+    run(0.0)
+    said = purser.here("audit", RUN, "--json").json
+    assert done.json["audit"] == {key: said[key] for key in done.json["audit"]}
+    assert "Audit: 200 canaries, 100 guesses of each score; it could show at most ε = " in done.err
+    assert "Next: purser train" in done.err
+    assert "audit" not in purser.here("plan", DIGITS, "--json").json
+
+
 def test_a_sweep_with_canaries_is_refused_by_the_command(purser):
     done = purser.here("tune", DIGITS, "audit.canaries=100")
     assert done.code == 2
