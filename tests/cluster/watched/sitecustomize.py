@@ -41,10 +41,10 @@ def watch(worker, folder):
         run.update(lease=config["lease"], done=0)
         train(config)
 
-    def _steps(trainer, shard, count):
+    def _steps(trainer, shard, count, *told):
         context = worker.ray.train.get_context()
         for _ in range(count):
-            steps(trainer, shard, 1)
+            steps(trainer, shard, 1, *told)
             if context.get_world_rank() == 0:
                 with (folder / "executed").open("a") as file:
                     line = {"lease": run["lease"], "step": trainer._schedule.last_epoch, "node": os.getppid()}
