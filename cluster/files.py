@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -41,6 +42,12 @@ def copy_whole(source: Path, path: Path) -> Path:
     else:
         shutil.copyfile(source, draft)
     return put_whole(draft, path)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove(path: Path) -> None:

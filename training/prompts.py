@@ -7,12 +7,12 @@ prompts answers for them: they must be nobody's secret.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.accounting.books import Books
 from cluster.errors import UsageError
+from cluster.files import sha256
 from training import sources
 from training.preparation import fingerprint_of
 from training.released import Released
@@ -53,9 +53,7 @@ def read_prompts(path: Path, column: str, source: Released, books: Books, option
     given.check_columns({"--column": column})
     texts = tuple(text or "" for batch in given.batches(0) for text in batch.column(column).to_pylist())
     given.check_records(len(texts))
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Prompts(texts, path.name, digest)
+    return Prompts(texts, path.name, sha256(path))
 
 
 def _same(one: Path, other: Path) -> bool:

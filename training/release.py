@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.files import put_whole, write_whole
+from cluster.files import put_whole, sha256, write_whole
 from training import card
 from training.config import Job
 from training.rendering import markdown, page
-from training.statement import WEIGHTS, Statement, sha256
+from training.statement import WEIGHTS, Statement
 
 if TYPE_CHECKING:
     from torch import nn

@@ -17,7 +17,7 @@ from rich.table import Table
 from cluster.accounting.books import Books
 from cluster.accounting.costs import epsilon_text
 from cluster.errors import UsageError
-from cluster.files import write_whole
+from cluster.files import sha256, write_whole
 from cluster.screen import Screen
 from training.folder import JOB
 from training.metrics import in_words
@@ -25,7 +25,7 @@ from training.proof import Finding, Proof, prove
 from training.release import PAGE, STATEMENT
 from training.released import Released, released
 from training.rendering import audit, opening, page, share
-from training.statement import Statement, read, sha256
+from training.statement import Statement, read
 
 REPORT = "report.html"  # in the folder of a run or sweep
 

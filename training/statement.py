@@ -8,7 +8,6 @@ Every number comes from the ledger or from declared facts; nothing is recomputed
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from cluster.accounting.books import Account
 from cluster.accounting.mechanisms import Charge, to_json
 from cluster.environment import code_hash
 from cluster.errors import UsageError
+from cluster.files import sha256
 from training import claims
 from training.config import Job
 
@@ -361,9 +361,3 @@ def _public_data(job: Job) -> str:
             content = f" (SHA-256 {sha256(Path(source))})" if Path(source).is_file() else ""
             public.append(f"{Path(source).name}{content}, declared public by the job, {use}")
     return "; ".join(public) or "none"
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,6 @@ record is read here, and neither coins nor content follow from any (P11); coins 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import secrets
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.errors import UsageError
-from cluster.files import write_whole
+from cluster.files import sha256, write_whole
 from training.config import Job
 from training.data import declared
 from training.sections import Data
@@ -92,7 +91,7 @@ class Canaries:
 def digest(folder: Path) -> str:
     """SHA-256 of what is sealed in the run's `folder`; empty where nothing is."""
     try:
-        return hashlib.sha256((folder / SEALED).read_bytes()).hexdigest()
+        return sha256(folder / SEALED)
     except FileNotFoundError:
         return ""
 
