@@ -107,12 +107,13 @@ def seal(job: Job, folder: Path, begun: bool, screen: Screen) -> None:
     from training.audit.canaries import Canaries, digest, draw
     from training.audit.plan import plan
 
-    if not begun and not digest(folder):
-        draw(job, plan(job).guesses).seal(folder)
-    facts = Canaries.unsealed(folder).facts
+    sealed = digest(folder)
+    if not begun and not sealed:
+        sealed = draw(job, plan(job).guesses).seal(folder)
+    facts = Canaries.unsealed(folder, sealed).facts
     screen.say(
         f"Canaries: {facts['canaries']} {facts['kind']} ({facts['distinct']} of them differ), each in by a fair coin; "
-        f"{facts['guesses']} guesses will be made. Sealed, SHA-256 {digest(folder)}"
+        f"{facts['guesses']} guesses will be made. Sealed, SHA-256 {sealed}"
     )
 
 

@@ -85,7 +85,7 @@ class Job(Section):
         )
 
     @property
-    def canaries(self) -> str:
+    def canary_kind(self) -> str:
         """What kind of canaries it has; empty where it has none."""
         if not self.audit.canaries:
             return ""

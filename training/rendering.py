@@ -6,12 +6,11 @@ A pure function of the statement: nothing is added, recomputed or left out, but 
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from cluster.accounting.costs import epsilon_text
+from cluster.accounting.costs import bound_text, epsilon_text
 from training.metrics import by_group, in_words
 from training.page import Markup, definitions, items, plain, table, tag, whole
 from training.statement import Partition, Statement
@@ -214,7 +213,7 @@ def audit(one: Mapping[str, Any]) -> str:
     named = ("method", "score", "canaries", "guesses", "correct", "confidence", "delta", "epsilon_lower_bound")
     if any(key not in one for key in (*named, "ceiling", "epsilon_claimed", "verdict")):
         return words(one)
-    least, most = (f"{math.floor(one[key] * 1000) / 1000:.3f}" for key in ("epsilon_lower_bound", "ceiling"))
+    least, most = bound_text(one["epsilon_lower_bound"]), bound_text(one["ceiling"])
     claimed = "no bound" if one["epsilon_claimed"] is None else f"≤ {epsilon_text(one['epsilon_claimed'])}"
     return (
         f"{one['method']}, {one['score']}: {one['canaries']} canaries, {one['guesses']} guesses, "

@@ -304,6 +304,12 @@ def epsilon_of(cost: int, delta: float, order: int) -> float:
         return max(0.0, math.nextafter(float(epsilon), math.inf))
 
 
+def bound_text(epsilon: float, decimals: int = 3) -> str:
+    """A lower bound on ε for people: never above what was shown."""
+    scale = 10**decimals
+    return f"{math.floor(epsilon * scale) / scale:.{decimals}f}"
+
+
 def epsilon_text(epsilon: float) -> str:
     """An ε for people: three decimals, never below what is charged (P14)."""
     return f"{math.ceil(epsilon * 1000) / 1000:.3f}"

@@ -11,7 +11,7 @@ import io
 import json
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ from cluster.errors import UsageError
 from cluster.files import sha256, write_whole
 from training.config import Job
 from training.data import declared
-from training.sections import Data
 
 if TYPE_CHECKING:
     from training.engine.sampling import Shard
@@ -63,11 +62,9 @@ class Canaries:
 
     def seal(self, folder: Path) -> str:
         """Write them to the run's `folder`, whole or not at all; returns the SHA-256 of the file."""
-        file = io.BytesIO()
-        arrays: dict[str, Any] = {f"record_{name}": array for name, array in self.arrays.items()}
-        facts = json.dumps(dict(self.facts))
-        np.savez(file, inside=self.inside, candidates=self.candidates, facts=np.array(facts), **arrays)
-        write_whole(folder / SEALED, file.getvalue()).chmod(0o600)
+        records = {f"record_{name}": array for name, array in self.arrays.items()}
+        facts = np.array(json.dumps(dict(self.facts)))
+        write_arrays(folder / SEALED, {"inside": self.inside, "candidates": self.candidates, "facts": facts, **records})
         return digest(folder)
 
     @staticmethod
@@ -88,6 +85,13 @@ class Canaries:
             return Canaries(arrays, file["inside"], file["candidates"], json.loads(str(file["facts"])))
 
 
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays by their names, whole or not at all, for their owner alone."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    write_whole(path, file.getvalue()).chmod(0o600)
+
+
 def digest(folder: Path) -> str:
     """SHA-256 of what is sealed in the run's `folder`; empty where nothing is."""
     try:
@@ -105,7 +109,7 @@ def draw(job: Job, guesses: int) -> Canaries:
     Raises:
         UsageError: its public source has too few records, or cannot be read.
     """
-    count, kind = job.audit.canaries, job.canaries
+    count, kind = job.audit.canaries, job.canary_kind
     rng = np.random.Generator(np.random.PCG64(secrets.randbits(128)))  # of content, which is no secret
     inside = np.unpackbits(np.frombuffer(secrets.token_bytes(-(-count // 8)), np.uint8))[:count].astype(bool)
     candidates = np.zeros(0, np.int64)
@@ -114,7 +118,7 @@ def draw(job: Job, guesses: int) -> Canaries:
     elif job.model.reads_text:
         arrays, candidates = _of_tokens(job, count, kind, rng)
     else:
-        arrays = {"features": _of_features(declared(job.data), count, kind, rng)}
+        arrays = _of_cells(job, count, kind, rng)
     if (label := declared(job.data).label) is not None and job.model.kind != "causal-lm":
         classes = len(label.categories)
         drawn = rng.integers(0, classes, count)
@@ -129,7 +133,7 @@ def draw(job: Job, guesses: int) -> Canaries:
         "guesses": guesses,
         "confidence": job.audit.confidence,
     }
-    return Canaries(arrays, inside, candidates if kind == "rare-token" else candidates[:0], facts)
+    return Canaries(arrays, inside, candidates, facts)
 
 
 def _of_file(job: Job, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -146,25 +150,26 @@ def _of_file(job: Job, count: int, rng: np.random.Generator) -> dict[str, np.nda
     return {name: array[chosen] for name, array in found.items()}
 
 
-def _of_features(data: Data, count: int, kind: str, rng: np.random.Generator) -> np.ndarray:
-    """Values as `Encoding` has them: of a number one end of its range or the other, of a category which one it is; of a
-    blank canary in one column only. Random ends lie further from each other, and from real records, than random values.
-    Array: float32 [canaries, width]."""
-    parts = []
-    for feature in data.features.values():
-        if feature.categories is None:
-            parts.append(rng.choice([-0.5, 0.5], (count, 1)))
-        else:
-            parts.append(np.eye(len(feature.categories))[rng.integers(0, len(feature.categories), count)])
-    if kind == "blank":
-        which = rng.integers(0, len(parts), count)
-        parts = [part * (which == i)[:, None] for i, part in enumerate(parts)]
-    return np.concatenate(parts, axis=1).astype(np.float32)
+def _of_cells(job: Job, count: int, kind: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Features as those of a record come out: of a number one end of its range or the other, of a category any; of a
+    blank canary an empty cell in every column but one."""
+    import pyarrow as pa
+
+    from training.encoding import Encoding
+
+    encoding = replace(Encoding.of(job), groups=None)  # what a model learns from is in none
+    data = encoding.data.model_copy(update={"label": None})  # drawn by itself
+    which = rng.integers(0, len(data.features), count)
+    cells = {}
+    for i, (name, feature) in enumerate(data.features.items()):
+        drawn = rng.choice([str(value) for value in feature.categories or feature.range or ()], count)
+        cells[name] = pa.array(np.where(which == i, drawn, "") if kind == "blank" else drawn, pa.string())
+    return replace(encoding, data=data).arrays(pa.RecordBatch.from_pydict(cells))
 
 
 def _of_tokens(job: Job, count: int, kind: str, rng: np.random.Generator) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Random tokens between those that every text has; of a rare-token canary the last is what is to be said, and what
-    stands before it is its prompt. And the tokens that were drawn from."""
+    stands before it is its prompt. And the tokens that this last one was drawn from."""
     from training import tokens
 
     assert job.data.text is not None
@@ -180,11 +185,10 @@ def _of_tokens(job: Job, count: int, kind: str, rng: np.random.Generator) -> tup
     ids = np.full((count, most), tokens.padding_of(tokenizer), np.int32)
     ids[:, : rows.shape[1]] = rows
     length = np.full(count, rows.shape[1], np.int32)
-    return {"ids": ids, "length": length, "prompt": length - 1 if causal else length * 0}, words
+    arrays = {"ids": ids, "length": length, "prompt": length - 1 if causal else length * 0}
+    return arrays, words if causal else words[:0]
 
 
 def _distinct(arrays: Mapping[str, np.ndarray], count: int) -> int:
-    rows = np.concatenate(
-        [np.asarray(array).reshape(count, -1).astype(np.float64) for array in arrays.values()], axis=1
-    )
+    rows = np.concatenate([array.reshape(count, -1).astype(np.float64) for array in arrays.values()], axis=1)
     return len(np.unique(rows, axis=0))

@@ -7,13 +7,13 @@ and public records. The verdict never says that anything is private: an audit ca
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cluster import environment
+from cluster.accounting.costs import bound_text
 from cluster.errors import UsageError
 from cluster.files import write_whole
 from cluster.screen import Screen
@@ -92,8 +92,7 @@ def assessed(fixed: Plan, canaries: Canaries, seen: dict[str, np.ndarray]) -> di
     best = max(each, key=lambda one: (one["epsilon_lower_bound"], one["correct"]))
     shown = fixed.as_json()
     contradicts = best["epsilon_lower_bound"] > fixed.epsilon
-    most = math.floor(100 * shown["ceiling"]) / 100
-    verdict = f"does not contradict it; this audit could have shown at most ε = {most:.2f}"
+    verdict = f"does not contradict it; this audit could have shown at most ε = {bound_text(shown['ceiling'], 2)}"
     return {
         "method": METHOD,
         "score": best["score"],
@@ -120,7 +119,9 @@ def _heuristic(fixed: Plan, scores: np.ndarray, inside: np.ndarray) -> float:
 
 def _of_heuristic(fixed: Plan, inside: np.ndarray) -> dict[str, Any]:
     """What it is, the most that it can show, and how often it would find a tenth of the noise out."""
-    found = found_out(fixed.broken, fixed.canaries, lambda scores, of: _heuristic(fixed, scores, of) > fixed.epsilon)
+    found = found_out(
+        fixed.channel.broken, fixed.canaries, lambda scores, of: _heuristic(fixed, scores, of) > fixed.epsilon
+    )
     return {"method": HEURISTIC, "ceiling": _heuristic(fixed, inside.astype(np.float64), inside), "power": found}
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich import box
 from rich.table import Column, Table
 
-from cluster.accounting.costs import epsilon_text
+from cluster.accounting.costs import bound_text, epsilon_text
 
 BITS = "log2 of how many tokens there are, less log2 of its rank"
 
@@ -31,7 +30,7 @@ def audit_table(result: Mapping[str, Any]) -> Iterator[object]:
     for one in result["scores"]:
         right = f"{one['correct']} of {result['guesses']}"
         mark = " ★" if one["score"] == result["score"] else ""
-        table.add_row(one["score"] + mark, right, _down(one["epsilon_lower_bound"]), _down(one["heuristic"]))
+        table.add_row(one["score"] + mark, right, bound_text(one["epsilon_lower_bound"]), bound_text(one["heuristic"]))
     yield table
     said = result["heuristic"]
     yield (
@@ -63,7 +62,7 @@ def planned(plan: Mapping[str, Any]) -> str:
     """What an audit will be able to show, of `Plan.as_json`."""
     return (
         f"Audit: {plan['canaries']} canaries, {plan['guesses']} guesses of each score; it could show at most ε = "
-        f"{math.floor(100 * plan['ceiling']) / 100:.2f}, of ε ≤ {claim(plan)} that one run claims at δ = "
+        f"{bound_text(plan['ceiling'], 2)}, of ε ≤ {claim(plan)} that one run claims at δ = "
         f"{plan['delta']:g}, and would find a tenth of the noise out in {plan['power']:.0%}."
     )
 
@@ -71,7 +70,7 @@ def planned(plan: Mapping[str, Any]) -> str:
 def in_words(result: Mapping[str, Any]) -> str:
     """The verdict, with what it rests on."""
     return (
-        f"At {100 * result['confidence']:g}% confidence ε is at least {_down(result['epsilon_lower_bound'])} "
+        f"At {100 * result['confidence']:g}% confidence ε is at least {bound_text(result['epsilon_lower_bound'])} "
         f"({result['score']}): this {result['verdict']}."
     )
 
@@ -80,11 +79,6 @@ def claim(result: Mapping[str, Any]) -> str:
     """The ε that was claimed, rounded up."""
     epsilon = result["epsilon_claimed"]
     return "∞" if epsilon is None else epsilon_text(epsilon)
-
-
-def _down(bound: float) -> str:
-    """A lower bound, rounded down."""
-    return f"{math.floor(1000 * bound) / 1000:.3f}"
 
 
 def attack(said: Mapping[str, Any]) -> str:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.accounting.mechanisms import PoissonSubsampledGaussian, from_json
 from cluster.errors import PurserError
 from training.audit import bounds
 from training.audit.claim import tight_epsilon
-from training.audit.power import LESS_NOISE, Channel, planned_guesses, power
+from training.audit.power import Channel, planned_guesses, power
 from training.config import Job
 
 SCORES = ("black-box", "white-box", "white-box, changes")  # an audit looks at all of them; see `watch`
@@ -54,13 +54,8 @@ class Plan:
             "epsilon_claimed": self.epsilon if math.isfinite(self.epsilon) else None,
             "ceiling": bounds.ceiling(*numbers),
             "needed": bounds.needed(*numbers, self.epsilon),
-            "power": power(self.broken, *numbers, self.epsilon),
+            "power": power(self.channel.broken, *numbers, self.epsilon),
         }
-
-    @property
-    def broken(self) -> Channel:
-        """The same run with a tenth of its noise, which an audit should find out."""
-        return replace(self.channel, noise_multiplier=self.channel.noise_multiplier / LESS_NOISE)
 
 
 def plan(job: Job) -> Plan:

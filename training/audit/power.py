@@ -35,6 +35,11 @@ class Channel:
         number("noise_multiplier", self.noise_multiplier, 0.0, NOISE_MULTIPLIER_BOUNDS[1])
         whole("steps", self.steps, *STEPS_BOUNDS)
 
+    @property
+    def broken(self) -> Channel:
+        """The same run with a tenth of its noise, which an audit should find out."""
+        return replace(self, noise_multiplier=self.noise_multiplier / LESS_NOISE)
+
     def scores(self, inside: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """What the steps' sums came to in each canary's direction, in units of the clip norm.
 
@@ -74,9 +79,8 @@ def planned_guesses(channel: Channel, canaries: int, delta: float, beta: float, 
     most often contradicts the claim of a run that has a tenth of its noise. Of equal ones it is the smallest that can
     exceed the claim at all, or else the largest."""
     whole("audit.canaries", canaries, 2, MOST_CANARIES)
-    broken = replace(channel, noise_multiplier=channel.noise_multiplier / LESS_NOISE)
     grid = sorted({min(max(2, 2 * round(canaries * part / 2)), canaries // 2 * 2) for part in FRACTIONS})
-    powers = {guesses: power(broken, canaries, guesses, delta, beta, epsilon) for guesses in grid}
+    powers = {guesses: power(channel.broken, canaries, guesses, delta, beta, epsilon) for guesses in grid}
     best = [guesses for guesses in grid if powers[guesses] == max(powers.values())]
     able = [guesses for guesses in best if ceiling(canaries, guesses, delta, beta) > epsilon]
     return able[0] if able else best[-1]

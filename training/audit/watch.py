@@ -7,7 +7,6 @@ whatever it computes is post-processing of a private run, and costs nothing (P13
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 from cluster.errors import PurserError
-from cluster.files import write_whole
+from training.audit.canaries import write_arrays
 from training.audit.plan import SCORES
 from training.engine.objective import IGNORED, logits_of, record_losses
 from training.engine.sampling import MicroBatch, Shard, micro_batches
@@ -98,12 +97,10 @@ class Watch:
         Args:
             which: the numbers of the canaries. [mine]
         """
-        end, file = self._losses(), io.BytesIO()
+        end = self._losses()
         scores = zip(SCORES, (self._state["start"] - end, self._state["sum"], self._state["changes"]), strict=True)
-        arrays: dict[str, Any] = {**dict(scores), "number": which, "loss": end, "rank": self._ranks()}
-        arrays["sealed"] = np.array(self._sealed)
-        np.savez(file, **arrays)
-        write_whole(seen_file(folder, rank), file.getvalue()).chmod(0o600)
+        found = {"number": which, "loss": end, "rank": self._ranks(), "sealed": np.array(self._sealed)}
+        write_arrays(folder / f"canaries-{rank}.npz", {**dict(scores), **found})
 
     def _losses(self) -> np.ndarray:
         return losses(self._trainer.model, self._mine, self._trainer.rows)
@@ -128,8 +125,3 @@ def losses(model: torch.nn.Module, shard: Shard, rows: int) -> np.ndarray:
     """The loss of each record, in nats; where it is no number, the largest there is. Array: float64 [records]."""
     found = asked(model, shard, rows, lambda batch: record_losses(model, batch))
     return found.nan_to_num(nan=1e9, posinf=1e9).numpy()
-
-
-def seen_file(folder: Path, rank: int) -> Path:
-    """Where rank `rank` of the run in `folder` writes what it saw."""
-    return folder / f"canaries-{rank}.npz"
