@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cluster.commands import Json
 from cluster.screen import Screen
 from cluster.service import open_desk
+
+if TYPE_CHECKING:
+    from training.prompts import Prompts
+    from training.released import Released
 
 releases = typer.Typer()
 
@@ -69,19 +73,13 @@ def generate(
     """Synthetic text from a released language model, after public prompts; costs nothing."""
     from training.generate import ENDINGS, Sampling
     from training.generate import generate as write
-    from training.prompts import read_prompts
-    from training.released import check_out, released
+    from training.released import check_out
 
     screen = Screen(as_json)
     how = Sampling(count, max_new_tokens, temperature, top_p, tuple(stop or ()), seed)
     check_out(out, ENDINGS)
-    source, books = released(run), open_desk().books
-    screen.say(f"Ledger {books.place}")
-    texts = read_prompts(prompts, column, source, books)
-    screen.say(PUBLIC)
-    result = write(source, texts, how, out, screen, base)
-    screen.say(f"Wrote {result['out']}, and beside it {result['statement']}", markup=False)
-    screen.result(result)
+    source, texts = _given(run, prompts, column, "--prompts", screen)
+    _wrote(write(source, texts, how, out, screen, base), screen)
 
 
 @releases.command()
@@ -99,15 +97,26 @@ def embed(
     """Vectors of public texts by a released language model; costs nothing."""
     from training.embed import ENDINGS
     from training.embed import embed as write
-    from training.prompts import read_prompts
-    from training.released import check_out, released
+    from training.released import check_out
 
     screen = Screen(as_json)
     check_out(out, ENDINGS)
+    source, public = _given(run, texts, column, "--texts", screen)
+    _wrote(write(source, public, max_length, out, screen, base), screen)
+
+
+def _given(run: str, path: Path, column: str, option: str, screen: Screen) -> tuple[Released, Prompts]:
+    """The release, and the public texts that it is used on."""
+    from training.prompts import read_prompts
+    from training.released import released
+
     source, books = released(run), open_desk().books
     screen.say(f"Ledger {books.place}")
-    public = read_prompts(texts, column, source, books, "--texts")
+    texts = read_prompts(path, column, source, books, option)
     screen.say(PUBLIC)
-    result = write(source, public, max_length, out, screen, base)
+    return source, texts
+
+
+def _wrote(result: dict[str, Any], screen: Screen) -> None:
     screen.say(f"Wrote {result['out']}, and beside it {result['statement']}", markup=False)
     screen.result(result)
