@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
 from pathlib import Path
 
 
 def write_whole(path: Path, content: str | bytes) -> Path:
-    """Write a file so that it is there whole and durably, or as it was; returns its path."""
-    draft = path.with_name(f".{path.name}")
+    """Write a file so that it is there whole and durably, or as it was; returns its path. Whoever else writes it at the
+    same moment has a draft of their own, and the last one's stays."""
+    draft = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     with draft.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
